@@ -1,0 +1,189 @@
+"""The hub as the server sees it: names become digests, digests become tensors, every byte re-hashed on the way.
+
+The only file beside `server.main` that knows the hub. What the hub raises leaves here as the server's own errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, ParamSpec, TypeVar
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hub.base import Base
+from hub.contract import Event, Hub
+from hub.errors import BadReference, Corrupt, HubError, NotFound
+from hub.manifest import GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE, WEIGHTS_FILE, Manifest
+from hub.ref import Reference, parse_reference
+from server.errors import AdapterIncompatible, AdapterUnavailable, InvalidValue, ModelNotFound, ServerError
+from server.records import UNKNOWN_MODEL
+
+P = ParamSpec("P")
+R = TypeVar("R")
+SHAPE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tokenizer",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a reference means today. `alias` is the pointer it went through, if any."""
+
+    name: str
+    version: int
+    digest: str
+    alias: str | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenRow:
+    """A prompt and the logits (vocabulary) that must follow it."""
+
+    prompt_ids: tuple[int, ...]
+    logits_V: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An adapter in host memory, as it was pushed."""
+
+    kind: str
+    rank: int | None
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    golden: tuple[GoldenRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A name of the hub and what its default alias means."""
+
+    resolution: Resolution
+    kind: str
+    created: int
+
+
+class Source:
+    """Blocking calls: the store makes them from worker threads."""
+
+    def __init__(self, hub: Hub, base: Base, *, default_alias: str) -> None:
+        self._hub = hub
+        self._base = base
+        self._default_alias = default_alias
+
+    def pointer(self, text: str) -> tuple[str, str] | None:
+        """(name, alias) when the reference goes through an alias, None when it names a version or a digest.
+
+        Raises: InvalidValue.
+        """
+        reference = _translate(text, parse_reference, text)
+        if reference.version is not None or reference.digest is not None:
+            return None
+        return reference.name, reference.selector or self._default_alias
+
+    def resolve(self, text: str) -> Resolution:
+        """Raises: InvalidValue, ModelNotFound."""
+        reference = _translate(text, parse_reference, text)
+        try:
+            found = self._hub.resolve(reference, default_alias=self._default_alias)
+        except NotFound as error:
+            raise ModelNotFound(UNKNOWN_MODEL.format(text[:200]) + self._hint(reference)) from error
+        except HubError as error:
+            raise _server_error(text, error) from error
+        return Resolution(found.name, found.version, found.digest, found.alias)
+
+    def fetch(self, resolution: Resolution) -> Artifact:
+        """Read and verify everything of one version. Raises: AdapterIncompatible, AdapterUnavailable."""
+        manifest = _translate(resolution.label, self._hub.manifest, resolution.digest)
+        self._check_base(manifest, resolution.label)
+        tensors = self._tensors(manifest, WEIGHTS_FILE, resolution.label)
+        golden: tuple[GoldenRow, ...] = ()
+        if manifest.file(GOLDEN_TENSORS_FILE) is not None:
+            golden = self._golden(manifest, resolution.label)
+        return Artifact(manifest.kind, manifest.rank, manifest.config, tensors, golden)
+
+    def listed(self) -> Sequence[Listed]:
+        """Every name that this base can serve under its default alias."""
+        lines = []
+        for info in _translate("the hub", self._hub.adapters):
+            version = info.aliases.get(self._default_alias)
+            found = next((one for one in info.versions if one.version == version), None)
+            if found is None:
+                continue
+            manifest = _translate(info.name, self._hub.manifest, found.digest)
+            if manifest.base.fingerprint == self._base.fingerprint:
+                resolution = Resolution(info.name, found.version, found.digest, self._default_alias)
+                lines.append(Listed(resolution, found.kind, int(found.created_at.timestamp())))
+        return lines
+
+    def head(self) -> int:
+        return _translate("the hub", self._hub.head)
+
+    def events(self, after: int) -> Sequence[Event]:
+        return _translate("the hub", self._hub.events, after)
+
+    def _check_base(self, manifest: Manifest, label: str) -> None:
+        if manifest.base.fingerprint == self._base.fingerprint:
+            return
+        for name in SHAPE_FIELDS:
+            theirs, ours = getattr(manifest.base, name), getattr(self._base, name)
+            if theirs != ours:
+                raise AdapterIncompatible(
+                    f"{label} was made for {manifest.base.name} with {name} {theirs}; this server's base "
+                    f"{self._base.name} has {name} {ours}",
+                    param="model",
+                )
+        raise AdapterIncompatible(f"{label} was made for another base than {self._base.name}", param="model")
+
+    def _tensors(self, manifest: Manifest, path: str, label: str) -> Mapping[str, Tensor]:
+        content = _translate(label, self._hub.read, manifest.digest, path)
+        try:
+            return safetensors.torch.load(content)
+        except SafetensorError as error:
+            raise AdapterUnavailable(f"{path} of {label} is no safetensors file: {error}") from error
+
+    def _golden(self, manifest: Manifest, label: str) -> tuple[GoldenRow, ...]:
+        rows = json.loads(_translate(label, self._hub.read, manifest.digest, GOLDEN_ROWS_FILE))["rows"]
+        tensors = self._tensors(manifest, GOLDEN_TENSORS_FILE, label)
+        return tuple(
+            GoldenRow(tuple(tensors[f"{row}.input_ids"].tolist()), tensors[f"{row}.logits"]) for row in range(len(rows))
+        )
+
+    def _hint(self, reference: Reference) -> str:
+        names = [info.name for info in _translate("the hub", self._hub.adapters)]
+        near = get_close_matches(reference.name, names, n=3)
+        return f"; near names: {', '.join(near)}" if near else ""
+
+
+def _translate(what: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    try:
+        return call(*args, **kwargs)
+    except HubError as error:
+        raise _server_error(what, error) from error
+
+
+def _server_error(what: str, error: HubError) -> ServerError:
+    if isinstance(error, BadReference):
+        return InvalidValue(str(error), param="model")
+    if isinstance(error, NotFound):
+        return ModelNotFound(UNKNOWN_MODEL.format(what[:200]), param="model")
+    if isinstance(error, Corrupt):
+        return AdapterUnavailable(f"{what} is corrupt in the hub: its bytes do not match their digest")
+    return AdapterUnavailable(f"the hub did not give {what}: {type(error).__name__}")

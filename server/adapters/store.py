@@ -1,0 +1,421 @@
+"""The adapters of this server: which are resident, who holds them, and what each alias means here today.
+
+A reference is resolved once, at the door; what a request then holds is a lease on digests. Loading happens in worker
+threads while the engine goes on; a version serves only after its golden rows came out right. When an alias moves to a
+version that fails, the one before keeps serving. Everything here runs on the HTTP loop except what is handed to
+`asyncio.to_thread`, so there are no locks.
+Laws: a leased graft is never evicted; one digest is loaded once, however many ask; the resident bytes stay under the
+budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from torch import Tensor
+
+from server.adapters import golden
+from server.adapters.lowering import Target, lower
+from server.adapters.source import Artifact, Resolution, Source
+from server.config import AdapterConfig
+from server.contract import AdapterStatus, Lease, Servable
+from server.errors import (
+    AdapterIncompatible,
+    AdapterUnavailable,
+    InvalidValue,
+    MixtureRefused,
+    ModelNotFound,
+    ServerError,
+    Unavailable,
+)
+from server.metrics import Metrics
+from server.primitives.graft import Graft, check_mixture
+from server.primitives.prefix import Prefix
+from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture
+
+log = logging.getLogger(__name__)
+
+ROOM_TIMEOUT_S = 30.0
+
+
+class Workshop(Protocol):
+    """What the store needs of the engine to finish and to try a graft."""
+
+    async def compile(self, embeddings: Tensor) -> Prefix: ...
+
+    async def probe(self, graft: Graft, prompt_ids: Sequence[int]) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class Resident:
+    resolution: Resolution
+    kind: str
+    rank: int | None
+    graft: Graft
+    leases: int = 0
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """What an alias serves, and where it has moved to if that has not been tried yet."""
+
+    serving: Resolution
+    pending: Resolution | None = None
+
+
+class HeldLease:
+    def __init__(self, store: AdapterStore, mixture: Mixture, held: Sequence[tuple[Resident, float]]) -> None:
+        self.mixture = mixture
+        self.grafts = tuple((resident.graft, weight) for resident, weight in held)
+        self._store = store
+        self._held: Sequence[tuple[Resident, float]] = held
+
+    @property
+    def virtual_tokens(self) -> int:
+        return sum(graft.virtual_tokens for graft, weight in self.grafts if weight)
+
+    def release(self) -> None:
+        held, self._held = self._held, ()
+        for resident, _ in held:
+            self._store.release(resident)
+
+
+class AdapterStore:
+    def __init__(
+        self,
+        source: Source,
+        workshop: Workshop,
+        target: Target,
+        config: AdapterConfig,
+        metrics: Metrics,
+        *,
+        quantized: bool,
+    ) -> None:
+        self._source = source
+        self._workshop = workshop
+        self._target = target
+        self._config = config
+        self._metrics = metrics
+        self._golden_limit = golden.limit(target.dtype, quantized=quantized)
+        self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._loading: dict[str, tuple[Resolution, asyncio.Task[Resident]]] = {}
+        self._failed: dict[str, tuple[Resolution, ServerError]] = {}
+        self._pointers: dict[tuple[str, str], Pointer] = {}
+        self._named: dict[str, str] = {}  # names given by load_lora_adapter
+        self._load_slots = asyncio.Semaphore(config.max_concurrent_loads)
+        self._room = asyncio.Event()
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
+        held: list[tuple[Resident, float]] = []
+        described = []
+        try:
+            for text, weight in self._combined(terms):
+                resident, resolution = await self._hold(text)
+                held.append((resident, weight))
+                described.append(
+                    AdapterTerm(text, resolution.name, resolution.version, resolution.digest, resident.kind, weight)
+                )
+            check_mixture([(resident.graft, weight) for resident, weight in held])
+        except BaseException:
+            for resident, _ in held:
+                self.release(resident)
+            raise
+        return HeldLease(self, Mixture(tuple(described)), held)
+
+    def release(self, resident: Resident) -> None:
+        resident.leases -= 1
+        assert resident.leases >= 0, f"{resident.resolution.label} was released twice"
+        if resident.leases == 0:
+            self._room.set()
+
+    async def known(self, reference: str) -> Servable | None:
+        target = self._named.get(reference, reference)
+        with suppress(ModelNotFound, InvalidValue):
+            resolution = await asyncio.to_thread(self._source.resolve, target)
+            listed = await asyncio.to_thread(self._source.listed)
+            line = next((one for one in listed if one.resolution.name == resolution.name), None)
+            if line is not None:
+                return Servable(reference, resolution.version, resolution.digest, line.kind, line.created)
+        return None
+
+    async def servable(self) -> Sequence[Servable]:
+        listed = await asyncio.to_thread(self._source.listed)
+        lines = [
+            Servable(one.resolution.name, one.resolution.version, one.resolution.digest, one.kind, one.created)
+            for one in listed
+        ]
+        return lines + [found for name in self._named if (found := await self.known(name)) is not None]
+
+    def resident(self) -> Sequence[AdapterStatus]:
+        lines = [self._status(one) for one in self._resident.values()]
+        lines += [_absent(resolution, "loading", None) for resolution, _ in self._loading.values()]
+        return lines + [_absent(resolution, "failed", error.message) for resolution, error in self._failed.values()]
+
+    async def load(self, name: str, reference: str) -> AdapterStatus:
+        if self._source.pointer(name) is None or "@" in name:
+            raise InvalidValue(f"lora_name {name[:200]} must be a bare name, without a selector", param="lora_name")
+        status = await self.warm(reference)
+        self._named[name] = reference
+        return replace(status, references=(name, *status.references))
+
+    async def unload(self, name: str) -> None:
+        reference = self._named.pop(name, None)
+        await self._drop(reference or name, strict=False)
+
+    async def pin(self, reference: str) -> AdapterStatus:
+        resident, _ = await self._hold(reference)
+        resident.pinned = True
+        self.release(resident)
+        return self._status(resident)
+
+    async def warm(self, reference: str) -> AdapterStatus:
+        resident, _ = await self._hold(reference)
+        self.release(resident)
+        return self._status(resident)
+
+    async def evict(self, reference: str) -> AdapterStatus:
+        return await self._drop(reference, strict=True)
+
+    async def watch(self) -> None:
+        """Follow the hub's events for ever: aliases in use move when their new version has proved itself."""
+        seen = await asyncio.to_thread(self._source.head)
+        while True:
+            await asyncio.sleep(self._config.poll_s)
+            try:
+                events = await asyncio.to_thread(self._source.events, seen)
+                for event in events:
+                    await self._follow(event.name)
+                    seen = event.seq
+            except ServerError as error:
+                log.warning("the hub could not be read, asking again: %s", error.message)
+
+    def _combined(self, terms: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
+        """The same reference twice is one adapter with the sum of the weights."""
+        if len(terms) > self._config.max_terms:
+            raise MixtureRefused(f"a mixture of {len(terms)} adapters is above the limit of {self._config.max_terms}")
+        weights: dict[str, float] = {}
+        for text, weight in terms:
+            if not math.isfinite(weight) or abs(weight) > self._config.max_weight:
+                raise InvalidValue(f"weight {weight:g} of {text[:200]} is outside ±{self._config.max_weight:g}")
+            weights[text] = weights.get(text, 0.0) + weight
+        return list(weights.items())
+
+    async def _hold(self, text: str) -> tuple[Resident, Resolution]:
+        """Resolve, load if absent, lease."""
+        reference = self._named.get(text, text)
+        key = self._source.pointer(reference)
+        pointer = self._pointers.get(key) if key else None
+        if key and pointer and pointer.pending:
+            pointer = await self._advance(key, pointer)
+        if pointer:
+            resolution = pointer.serving
+        else:
+            resolution = await asyncio.to_thread(self._source.resolve, reference)
+        resident = await self._ensure(resolution)
+        if key and key not in self._pointers:
+            self._pointers[key] = Pointer(resolution)
+        return resident, resolution
+
+    async def _ensure(self, resolution: Resolution) -> Resident:
+        """The graft of a digest, leased once for the caller. Raises: ServerError."""
+        digest = resolution.digest
+        resident = self._resident.get(digest)
+        if resident is None:
+            if digest in self._failed:
+                raise self._failed[digest][1]
+            if digest not in self._loading:
+                self._loading[digest] = (resolution, asyncio.create_task(self._load(resolution)))
+            # Shielded: when the one who asked first goes away, the others still wait for it.
+            resident = await asyncio.shield(self._loading[digest][1])
+        resident.leases += 1
+        if digest in self._resident:
+            self._resident.move_to_end(digest)
+        else:  # evicted between the end of its loading and now
+            await self._make_room(resident.graft)
+            self._resident[digest] = resident
+        return resident
+
+    async def _load(self, resolution: Resolution) -> Resident:
+        started = time.perf_counter()
+        try:
+            async with self._load_slots:
+                resident = await self._make(resolution)
+        except (AdapterIncompatible, AdapterUnavailable) as error:
+            # Remembered, for the bytes of a digest never change; only what the disk did may be better next time.
+            if not isinstance(error.__cause__, Exception):
+                self._failed[resolution.digest] = (resolution, error)
+            self._metrics.adapter_refused(error.code or "refused")
+            log.warning("%s (%s) does not serve: %s", resolution.label, resolution.digest[:19], error.message)
+            raise
+        finally:
+            del self._loading[resolution.digest]
+        self._resident[resolution.digest] = resident
+        seconds = time.perf_counter() - started
+        self._metrics.adapter_loaded("hub", seconds)
+        log.info("%s (%s) is resident after %.3f s", resolution.label, resolution.digest[:19], seconds)
+        return resident
+
+    async def _make(self, resolution: Resolution) -> Resident:
+        artifact = await asyncio.to_thread(self._source.fetch, resolution)
+        try:
+            lowered = await asyncio.to_thread(lower, artifact.kind, artifact.config, artifact.tensors, self._target)
+        except AdapterIncompatible as error:
+            raise AdapterIncompatible(f"{resolution.label}: {error.message}", param="model") from None
+        prefix = lowered.prefix
+        if lowered.soft_prompt_VE is not None:
+            prefix = await self._workshop.compile(lowered.soft_prompt_VE)
+        graft = Graft(resolution.digest, resolution.label, lowered.sites, prefix)
+        if self._config.check_golden:
+            await self._replay(artifact, graft)
+        await self._make_room(graft)  # the last wait: nothing comes between the room and its use
+        return Resident(resolution, artifact.kind, artifact.rank, graft)
+
+    async def _replay(self, artifact: Artifact, graft: Graft) -> None:
+        for index, row in enumerate(artifact.golden):
+            got = await self._workshop.probe(graft, row.prompt_ids)
+            off = golden.distance(row.logits_V, got)
+            if not off <= self._golden_limit:
+                raise AdapterUnavailable(
+                    f"{graft.label}: golden row {index} is off by {off:.3g}, the limit is {self._golden_limit:g}"
+                )
+
+    async def _make_room(self, graft: Graft) -> None:
+        """Evict what nobody holds, the least recently used first, until the graft fits."""
+        budget = self._config.cache_bytes
+        if graft.bytes > budget:
+            raise AdapterIncompatible(f"{graft.label} takes {graft.bytes} bytes, the adapter cache holds {budget}")
+        deadline = time.monotonic() + ROOM_TIMEOUT_S
+        while self._bytes() + graft.bytes > budget:
+            digest = next((d for d, one in self._resident.items() if not one.leases and not one.pinned), None)
+            if digest is not None:
+                evicted = self._resident.pop(digest)
+                log.info("%s was evicted for %s", evicted.resolution.label, graft.label)
+                continue
+            self._room.clear()
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await self._room.wait()
+            except TimeoutError:
+                raise Unavailable(
+                    f"{graft.label} needs {graft.bytes} bytes and every adapter in the cache of {budget} bytes is "
+                    "in use or pinned",
+                    retry_after_s=5.0,
+                ) from None
+
+    def _bytes(self) -> int:
+        return sum(one.graft.bytes for one in self._resident.values())
+
+    async def _follow(self, name: str) -> None:
+        """Something happened to a name: find out where its aliases in use point now."""
+        for key, pointer in list(self._pointers.items()):
+            if key[0] != name:
+                continue
+            try:
+                resolution = await asyncio.to_thread(self._source.resolve, f"{key[0]}@{key[1]}")
+            except ModelNotFound:
+                del self._pointers[key]
+                continue
+            if resolution.digest == pointer.serving.digest:
+                self._pointers[key] = Pointer(resolution)
+                continue
+            self._pointers[key] = moved = Pointer(pointer.serving, resolution)
+            if pointer.serving.digest in self._resident:
+                self._spawn(key, moved)
+
+    def _spawn(self, key: tuple[str, str], pointer: Pointer) -> None:
+        async def advance() -> None:
+            await self._advance(key, pointer)
+
+        task = asyncio.create_task(advance())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _advance(self, key: tuple[str, str], pointer: Pointer) -> Pointer:
+        """Try the version that an alias has moved to; the pointer as it is afterwards."""
+        assert pointer.pending is not None
+        after = Pointer(pointer.pending)
+        try:
+            self.release(await self._ensure(pointer.pending))
+        except (AdapterIncompatible, AdapterUnavailable, ModelNotFound) as error:
+            log.error(
+                "%s@%s moved to %s, which fails; %s keeps serving: %s",
+                *key,
+                pointer.pending.label,
+                pointer.serving.label,
+                error.message,
+            )
+            after = Pointer(pointer.serving)
+        except Unavailable:
+            return pointer
+        if self._pointers.get(key) == pointer:
+            self._pointers[key] = after
+            if after.serving.digest != pointer.serving.digest:
+                self._metrics.adapter_swapped()
+                log.info("%s@%s now serves %s", *key, after.serving.label)
+        return after
+
+    async def _drop(self, reference: str, *, strict: bool) -> AdapterStatus:
+        key = self._source.pointer(reference)
+        pointer = self._pointers.get(key) if key else None
+        resolution = pointer.serving if pointer else await asyncio.to_thread(self._source.resolve, reference)
+        resident = self._resident.get(resolution.digest)
+        if resident is None:
+            raise ModelNotFound(UNKNOWN_MODEL.format(reference[:200]) + ": it is not resident")
+        resident.pinned = False
+        if resident.leases and strict:
+            raise InvalidValue(f"{resolution.label} is held by {resident.leases} running requests")
+        if not resident.leases:
+            del self._resident[resolution.digest]
+        return replace(self._status(resident), tier="evicted")
+
+    def _status(self, one: Resident) -> AdapterStatus:
+        digest = one.resolution.digest
+        return AdapterStatus(
+            name=one.resolution.name,
+            version=one.resolution.version,
+            digest=digest,
+            kind=one.kind,
+            tier="device",
+            bytes=one.graft.bytes,
+            leases=one.leases,
+            pinned=one.pinned,
+            rank=one.rank,
+            references=tuple(self._references(one.resolution)),
+        )
+
+    def _references(self, resolution: Resolution) -> Iterable[str]:
+        """Every string under which a digest can be asked for without a look at the hub."""
+        asked = {resolution.label}
+        for (name, alias), pointer in self._pointers.items():
+            if pointer.serving.digest == resolution.digest:
+                asked.add(f"{name}@{alias}")
+                if alias == self._config.default_alias:
+                    asked.add(name)
+        asked.update(name for name, reference in self._named.items() if reference in asked)
+        return sorted(asked)
+
+
+def _absent(resolution: Resolution, tier: str, error: str | None) -> AdapterStatus:
+    return AdapterStatus(
+        name=resolution.name,
+        version=resolution.version,
+        digest=resolution.digest,
+        kind="",
+        tier=tier,
+        bytes=0,
+        leases=0,
+        pinned=False,
+        rank=None,
+        references=(resolution.label,),
+        error=error,
+    )

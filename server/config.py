@@ -1,0 +1,62 @@
+"""Every setting of the server, one frozen record per concern, built once in `server.main` and handed down whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    base: str
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    device: str = "auto"  # auto | cpu | cuda
+    quantize: str = "none"  # none | nf4 | int8
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of one step and of the queue. Units: tokens, sequences, bytes."""
+
+    max_model_len: int | None = None  # default: the base's own context
+    max_batch_tokens: int = 512
+    max_running: int = 64
+    max_waiting: int = 1024
+    block_size: int = 16  # tokens per KV block
+    kv_bytes: int = 1 << 30
+    prefix_cache: bool = True
+    threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """Limits of what may be loaded. Bytes are counted as the adapter really takes them in memory."""
+
+    max_rank: int = 256
+    max_terms: int = 16
+    max_weight: float = 100.0  # |weight| of one term
+    cache_bytes: int = 2 << 30
+    max_concurrent_loads: int = 2
+    default_alias: str = "latest"
+    poll_s: float = 0.2
+    check_golden: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class HttpConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    lenient: bool = False
+    max_body_bytes: int = 8 << 20
+    max_choices: int = 16  # n
+    drain_timeout_s: float = 30.0
+    served_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    model: ModelConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)

@@ -1,0 +1,167 @@
+"""The attention function that the stock network calls: grouped-query attention over the paged KV cache.
+
+T packed tokens, H query heads, KH KV heads, G = H / KH query heads of one KV head, D head dimension, B decoding
+sequences, n tokens of one prompt chunk, L cached positions.
+Tokens are packed decodes first, then prompt chunks. Decodes are one padded product per KV head (query heads of a group
+ride along as rows, so keys are never repeated); each prompt chunk is attended on its own.
+Law: a token sees its own sequence's positions up to its own, and within the layer's window, and nothing else.
+Source: Ainslie et al. 2023 (arXiv:2305.13245); Kwon et al. 2023 (arXiv:2309.06180).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from server.model.kv import KvCache
+from server.primitives.prefix import LayerShape
+
+NAME = "multigraft"
+NEUTRAL = frozenset({"dropout", "position_ids", "use_cache", "output_router_logits", "is_causal", "cache_position"})
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A prompt chunk: `count` tokens of one sequence, the last of them at position `length - 1`."""
+
+    count: int
+    length: int
+    blocks_1N: Tensor
+
+
+@dataclass(slots=True)
+class AttentionPlan:
+    """Where every packed token's keys go and what it may see. `seen` counts the layers that asked."""
+
+    cache: KvCache
+    rows_T: Tensor
+    decode_lengths_B: Tensor | None
+    decode_blocks_BN: Tensor | None
+    spans: Sequence[Span]
+    seen: int = 0
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def decode_mask(self, window: int | None) -> Tensor:
+        """(B, 1, L), true where the sequence's newest token may look."""
+        assert self.decode_lengths_B is not None and self.decode_blocks_BN is not None
+        mask = self._masks.get((-1, window))
+        if mask is None:
+            limit = self.decode_blocks_BN.shape[1] * self.cache.block_size
+            position_L = torch.arange(limit, device=self.rows_T.device)
+            length_B1 = self.decode_lengths_B[:, None]
+            seen_BL = position_L < length_B1
+            if window is not None:
+                seen_BL &= position_L >= length_B1 - window
+            mask = self._masks[-1, window] = seen_BL[:, None]
+        return mask
+
+    def span_mask(self, index: int, window: int | None) -> Tensor:
+        """(n, L) for prompt chunk `index`."""
+        mask = self._masks.get((index, window))
+        if mask is None:
+            span = self.spans[index]
+            limit = span.blocks_1N.shape[1] * self.cache.block_size
+            position_L = torch.arange(limit, device=self.rows_T.device)
+            own_n1 = torch.arange(span.length - span.count, span.length, device=self.rows_T.device)[:, None]
+            mask = position_L <= own_n1
+            if window is not None:
+                mask &= position_L > own_n1 - window
+            self._masks[index, window] = mask
+        return mask
+
+
+@dataclass(slots=True)
+class ShapeRecorder:
+    """Stands in for a plan on the first probe: notes each layer's shapes and attends the whole prompt at once."""
+
+    layers: dict[int, LayerShape] = field(default_factory=dict)
+
+
+class UnsupportedAttention(ValueError):
+    """The architecture hands its attention something that we do not act on."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    graft_plan: AttentionPlan | ShapeRecorder | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' AttentionInterface calls, once per layer: (1, H, T, D) in, (1, T, H, D) out.
+
+    Raises: UnsupportedAttention for an argument whose effect is unknown (attention sinks, biases, masks).
+    """
+    strange = sorted(name for name, given in others.items() if name not in NEUTRAL and given is not None)
+    if strange or attention_mask is not None or graft_plan is None:
+        raise UnsupportedAttention(f"attention arguments {strange or ['attention_mask', 'graft_plan']} are not served")
+    if key.shape != value.shape:
+        raise UnsupportedAttention(f"key shape {tuple(key.shape)} differs from value shape {tuple(value.shape)}")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(graft_plan, ShapeRecorder):
+        graft_plan.layers[layer] = LayerShape(key.shape[1], key.shape[3])
+        return query.transpose(1, 2).contiguous(), None
+    graft_plan.seen += 1
+    graft_plan.cache.write(layer, graft_plan.rows_T, key[0], value[0])
+    parts = []
+    decodes = 0
+    if graft_plan.decode_blocks_BN is not None:
+        decodes = graft_plan.decode_blocks_BN.shape[0]
+        keys, values = graft_plan.cache.gather(layer, graft_plan.decode_blocks_BN)
+        mask = graft_plan.decode_mask(sliding_window)
+        parts.append(_decode(query[0, :, :decodes], keys, values, mask, scale, softcap))
+    start = decodes
+    for index, span in enumerate(graft_plan.spans):
+        keys, values = graft_plan.cache.gather(layer, span.blocks_1N)
+        mask = graft_plan.span_mask(index, sliding_window)
+        chunk = query[0, :, start : start + span.count]
+        parts.append(_prefill(chunk, keys[:, 0], values[:, 0], mask, scale, softcap))
+        start += span.count
+    return torch.cat(parts)[None], None
+
+
+def _decode(
+    query_HBD: Tensor, keys_KBLD: Tensor, values_KBLD: Tensor, mask_B1L: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    heads, sequences, dim = query_HBD.shape
+    kv_heads = keys_KBLD.shape[0]
+    query_KBGD = query_HBD.view(kv_heads, heads // kv_heads, sequences, dim).transpose(1, 2)
+    out_KBGD = _weigh(query_KBGD @ keys_KBLD.transpose(2, 3), mask_B1L, scale, softcap) @ values_KBLD
+    return out_KBGD.permute(1, 0, 2, 3).reshape(sequences, heads, dim)
+
+
+def _prefill(
+    query_HnD: Tensor, keys_KLD: Tensor, values_KLD: Tensor, mask_nL: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    heads, count, dim = query_HnD.shape
+    kv_heads, length, _ = keys_KLD.shape
+    group = heads // kv_heads
+    if softcap is None:
+        keys = keys_KLD[:, None].expand(kv_heads, group, length, dim).reshape(1, heads, length, dim)
+        values = values_KLD[:, None].expand(kv_heads, group, length, dim).reshape(1, heads, length, dim)
+        out = F.scaled_dot_product_attention(query_HnD[None], keys, values, attn_mask=mask_nL, scale=scale)
+        return out[0].transpose(0, 1)
+    query = query_HnD.reshape(kv_heads, group * count, dim)
+    scores = (query @ keys_KLD.transpose(1, 2)).view(kv_heads, group, count, length)
+    weights = _weigh(scores, mask_nL, scale, softcap).view(kv_heads, group * count, length)
+    return (weights @ values_KLD).view(heads, count, dim).transpose(0, 1)
+
+
+def _weigh(scores: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Softmax in fp32 over what the mask lets through."""
+    scores = scores * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(scores.dtype)

@@ -1,0 +1,101 @@
+"""The base at work: a stock causal language model, grafted, that computes one packed step.
+
+T packed tokens of the step, R rows whose logits are wanted, V virtual tokens, E embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from server.model.attention import AttentionPlan, Span
+from server.model.kv import KvCache
+from server.primitives.gates import Gates
+from server.primitives.prefix import LayerShape, Prefix
+from server.primitives.site import Active, SiteOperand, SiteShape
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step on the device: packed decodes, then prompt chunks."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    plan: AttentionPlan
+    wanted_R: Tensor
+    gates: Gates | None
+    operands: Mapping[str, SiteOperand]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """What the rest of the server must know of the base."""
+
+    name: str
+    layers: tuple[LayerShape, ...]
+    sites: Mapping[str, SiteShape]
+    hidden_size: int
+    vocab_size: int
+    context: int
+    end_ids: frozenset[int]
+    dtype: torch.dtype
+    device: torch.device
+    quantized: bool
+
+
+class Network:
+    def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active) -> None:
+        self._stock = stock
+        self._active = active
+        self.facts = facts
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
+        self._active.operands, self._active.gates = batch.operands, batch.gates
+        out = self._stock(
+            input_ids=batch.ids_T[None],
+            position_ids=batch.positions_T[None],
+            use_cache=False,
+            logits_to_keep=batch.wanted_R,
+            graft_plan=batch.plan,
+        )
+        return out.logits[0].float()
+
+    @torch.inference_mode()
+    def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int) -> Prefix:
+        """The KV that virtual tokens leave in the bare base at positions 0..V-1."""
+        count = embeddings_VE.shape[0]
+        cache = self.new_cache(-(-count // block_size), block_size)
+        positions = torch.arange(count, device=self.facts.device)
+        blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
+        plan = AttentionPlan(cache, positions, None, None, [Span(count, count, blocks)])
+        self._active.operands, self._active.gates = {}, None
+        self._stock(
+            inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=positions[-1:],
+            graft_plan=plan,
+        )
+        return cache.read(range(count))
+
+    def new_cache(self, blocks: int, block_size: int) -> KvCache:
+        facts = self.facts
+        return KvCache(facts.layers, blocks=blocks, block_size=block_size, dtype=facts.dtype, device=facts.device)
+
+
+def span_plan(cache: KvCache, chunks: Sequence[tuple[int, int, Sequence[int]]]) -> AttentionPlan:
+    """A plan of prompt chunks alone, each (count, length so far, blocks): for probes."""
+    spans = []
+    rows: list[int] = []
+    for count, length, blocks in chunks:
+        spans.append(Span(count, length, torch.tensor([list(blocks)], device=cache.keys[0].device)))
+        rows += [
+            blocks[position // cache.block_size] * cache.block_size + position % cache.block_size
+            for position in range(length - count, length)
+        ]
+    return AttentionPlan(cache, torch.tensor(rows, device=cache.keys[0].device), None, None, spans)

@@ -1,0 +1,37 @@
+"""Prefix: keys and values that stand ahead of a sequence, per layer and KV head.
+
+L layers, KH KV heads, V virtual tokens, D head dimension. The keys are cache entries: already normed and rotated, at
+positions 0..V-1, so that real tokens start at position V. Weights cannot apply to a prefix (its effect is not a sum),
+so its gate is one, or zero, and then it is left out rather than masked.
+Source: Li and Liang 2021 (arXiv:2101.00190); prompt tuning: Lester et al. 2021 (arXiv:2104.08691).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer caches of a token."""
+
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """`keys[l]`, `values[l]` are (KH, V, D) of layer l, in the cache's dtype and on its device."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))

@@ -1,0 +1,136 @@
+"""The plain records that travel between the HTTP loop and the engine thread.
+
+Nothing here holds a tensor or a name to be looked up: a request arrives with its prompt as token ids and its mixture
+as leased digests, and events leave as numbers. Text is made of them in `server.text`, answers in `server.api`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server.errors import ServerError
+
+FinishReason = Literal["stop", "length"]
+Kind = Literal["lora", "ia3", "prefix", "prompt", "p-tuning"]
+PREFIX_KINDS: frozenset[str] = frozenset({"prefix", "prompt", "p-tuning"})
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTerm:
+    """One resolved adapter of a mixture. `ref` is what was asked for; the digest is what is served."""
+
+    ref: str
+    name: str
+    version: int
+    digest: str
+    kind: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The adapters of one request with their weights; no terms means the bare base."""
+
+    terms: tuple[AdapterTerm, ...] = ()
+
+    @property
+    def salt(self) -> str:
+        """What every prefix-cache key of this mixture starts with: equal exactly when the deltas are equal.
+
+        Law: neither the order of the terms nor a term of weight zero changes the deltas, so neither changes the salt.
+        """
+        parts = sorted(f"{term.digest}*{term.weight!r}" for term in self.terms if term.weight)
+        return hashlib.sha256("+".join(parts).encode()).hexdigest() if parts else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 is greedy.
+
+    The draw depends on (seed, index of the token, probabilities) alone: never on the neighbours in the batch.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+
+    @property
+    def penalised(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to be continued.
+
+    `stop_token_ids` end the text and are not part of it; the base's own end tokens are added by the engine unless
+    `ignore_eos`. `logprobs` is the number of alternatives wanted beside each chosen token (None: no log-probabilities;
+    0: the chosen token's alone). `prompt_logprobs` asks for the same over the prompt. `max_tokens` 0 only scores it.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    mixture: Mixture
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    keep_logits: bool = False  # golden rows: the last prompt position's logits ride on `Finished`
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token's log-probability under the model (before temperature, penalties, truncation) and its best rivals."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One new token. A token that ends the text (stop token, end of turn) is not sent; `Finished` follows instead."""
+
+    token_id: int
+    score: TokenScore | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Scores of prompt tokens 1..n-1 (token 0 has none), sent once before the first `Sampled`."""
+
+    scores: tuple[TokenScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a request that ended well. `stop_token_id` is set when a stop or end token ended it."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    stop_token_id: int | None = None
+    logits: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last event of a request that did not."""
+
+    error: ServerError
+
+
+Event = Sampled | PromptScored | Finished | Failed
+
+UNKNOWN_MODEL = "The model `{}` does not exist or you do not have access to it"

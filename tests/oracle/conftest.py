@@ -1,0 +1,175 @@
+"""Tiny random bases of every architecture, and the engine's parts driven step by step so that logits can be seen."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from server.adapters.bank import Bank
+from server.adapters.lowering import Target, lower
+from server.config import ModelConfig
+from server.engine.pack import block_rows, pack_step
+from server.model.load import load_network
+from server.model.network import Network
+from server.policy.blocks import BlockPool
+from server.policy.schedule import Scheduler, Sequence as Scheduled
+from server.primitives.graft import Graft
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.1,  # the stock 0.02 makes a network this small nearly linear
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6},
+    "phi": {},
+    "phi3": {"sliding_window": 6},
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
+}
+
+
+@dataclass(frozen=True)
+class TinyBase:
+    architecture: str
+    folder: Path
+
+    def fresh(self) -> nn.Module:
+        """The untouched network, for PEFT."""
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager").eval()
+        return model
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyBase]:
+    made: dict[str, TinyBase] = {}
+
+    def make(architecture: str) -> TinyBase:
+        if architecture not in made:
+            torch.manual_seed(0)
+            options = {**SMALL, **ARCHITECTURES[architecture]}
+            if architecture == "gpt2":  # multi-head attention: PEFT would believe this field
+                del options["num_key_value_heads"]
+            config = CONFIG_MAPPING[architecture](**options)
+            model = AutoModelForCausalLM.from_config(config)
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):  # stock biases start at zero, which would hide how they are treated
+                    nn.init.normal_(parameter, std=0.3)
+            folder = tmp_path_factory.mktemp(architecture)
+            model.save_pretrained(folder)
+            made[architecture] = TinyBase(architecture, folder)
+        return made[architecture]
+
+    return make
+
+
+@dataclass
+class Bench:
+    """The engine without its thread: plan, pack, forward, commit, with every position's logits kept."""
+
+    network: Network
+    block_size: int = 4
+    max_batch_tokens: int = 24
+    blocks: int = 256
+    steps: int = 0
+    mixed_steps: int = 0
+    sequences: dict[int, Scheduled] = field(default_factory=dict)
+
+    def target(self) -> Target:
+        facts = self.network.facts
+        return Target(facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, 64, 64)
+
+    def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:
+        """What the adapter store does with a folder, without the hub."""
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        lowered = lower(kind, config, tensors, self.target())
+        prefix = lowered.prefix
+        if lowered.soft_prompt_VE is not None:
+            prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)
+        return Graft(digest or str(folder), folder.name, lowered.sites, prefix)
+
+    def run(self, requests: Sequence[tuple[list[int], list[tuple[Graft, float]]]], new: int = 0) -> list[Tensor]:
+        """All requests in one batch, `new` greedy tokens each: logits (positions, vocabulary) per request."""
+        pool = BlockPool(self.blocks)
+        cache = self.network.new_cache(self.blocks, self.block_size)
+        bank = Bank()
+        scheduler = Scheduler(
+            pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=64
+        )
+        grafts: dict[int, list[tuple[Graft, float]]] = {}
+        logits: dict[int, list[Tensor]] = {}
+        for index, (ids, mixture) in enumerate(requests):
+            virtual = sum(graft.virtual_tokens for graft, weight in mixture if weight)
+            sequence = Scheduled(index, list(ids), len(ids), new, virtual=virtual, reuse=False)
+            scheduler.add(sequence)
+            self.sequences[index] = sequence
+            grafts[index], logits[index] = mixture, []
+        while scheduler.running or scheduler.waiting:
+            step = scheduler.plan()
+            assert step.chunks, "the scheduler stands still"
+            cache.clear(step.fresh_blocks)
+            for chunk in step.chunks:
+                prefix = next((g.prefix for g, w in grafts[chunk.sequence.id] if g.prefix and w), None)
+                if chunk.preload and prefix:
+                    cache.load(
+                        prefix, chunk.preload, block_rows(chunk.sequence.blocks, *chunk.preload, self.block_size)
+                    )
+            packed = pack_step(step, cache, bank, grafts, frozenset(grafts))
+            out = self.network.forward(packed.batch)
+            self.steps += 1
+            self.mixed_steps += len(step.chunks) > 1
+            drawn = {}
+            for chunk, first, count in packed.rows:
+                logits[chunk.sequence.id].append(out[first : first + count])
+                if chunk.completes:
+                    drawn[chunk.sequence.id] = int(out[first + count - 1].argmax())
+            for outcome in scheduler.commit(step, drawn):
+                if outcome.finish is not None or new == 0:
+                    scheduler.finish(outcome.sequence)
+        return [torch.cat(logits[index]) for index in range(len(requests))]
+
+
+@pytest.fixture(scope="session")
+def bench(tiny_base: Callable[[str], TinyBase]) -> Callable[[str], Bench]:
+    made: dict[str, Network] = {}
+
+    def make(architecture: str) -> Bench:
+        if architecture not in made:
+            folder = tiny_base(architecture).folder
+            made[architecture] = load_network(ModelConfig(base=architecture), folder, name=architecture)
+        return Bench(made[architecture])
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
