@@ -32,6 +32,7 @@ class AdapterConfig:
     """Limits of what may be loaded. Bytes are counted as the adapter really takes them in memory."""
 
     max_rank: int = 256
+    max_virtual: int = 512  # virtual tokens
     max_terms: int = 16
     max_weight: float = 100.0  # |weight| of one term
     cache_bytes: int = 2 << 30

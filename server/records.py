@@ -103,6 +103,7 @@ class Sampled:
 
     token_id: int
     score: TokenScore | None = None
+    cached_tokens: int = 0  # as in `Finished`, for an answer that ends before it (a stop string)
 
 
 @dataclass(frozen=True, slots=True)

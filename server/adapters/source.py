@@ -87,6 +87,7 @@ class Source:
         self._hub = hub
         self._base = base
         self._default_alias = default_alias
+        self._fitting: dict[str, bool] = {}  # a digest never changes its meaning
 
     def pointer(self, text: str) -> tuple[str, str] | None:
         """(name, alias) when the reference goes through an alias, None when it names a version or a digest.
@@ -122,15 +123,12 @@ class Source:
     def listed(self) -> Sequence[Listed]:
         """Every name that this base can serve under its default alias."""
         lines = []
-        for info in _translate("the hub", self._hub.adapters):
-            version = info.aliases.get(self._default_alias)
-            found = next((one for one in info.versions if one.version == version), None)
-            if found is None:
-                continue
-            manifest = _translate(info.name, self._hub.manifest, found.digest)
-            if manifest.base.fingerprint == self._base.fingerprint:
-                resolution = Resolution(info.name, found.version, found.digest, self._default_alias)
-                lines.append(Listed(resolution, found.kind, int(found.created_at.timestamp())))
+        for adapter in _translate("the hub", self._hub.adapters):
+            version = adapter.aliases.get(self._default_alias)
+            found = next((one for one in adapter.versions if one.version == version), None)
+            if found is not None and self._fits(found.digest):
+                resolution = Resolution(adapter.name, found.version, found.digest, self._default_alias)
+                lines.append(Listed(resolution, found.kind, int(found.at.timestamp())))
         return lines
 
     def head(self) -> int:
@@ -138,6 +136,12 @@ class Source:
 
     def events(self, after: int) -> Sequence[Event]:
         return _translate("the hub", self._hub.events, after)
+
+    def _fits(self, digest: str) -> bool:
+        if digest not in self._fitting:
+            manifest = _translate(digest, self._hub.manifest, digest)
+            self._fitting[digest] = manifest.base.fingerprint == self._base.fingerprint
+        return self._fitting[digest]
 
     def _check_base(self, manifest: Manifest, label: str) -> None:
         if manifest.base.fingerprint == self._base.fingerprint:
@@ -167,7 +171,7 @@ class Source:
         )
 
     def _hint(self, reference: Reference) -> str:
-        names = [info.name for info in _translate("the hub", self._hub.adapters)]
+        names = [adapter.name for adapter in _translate("the hub", self._hub.adapters)]
         near = get_close_matches(reference.name, names, n=3)
         return f"; near names: {', '.join(near)}" if near else ""
 

@@ -119,6 +119,11 @@ class EngineLoop:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def open_requests(self) -> int:
+        """Requests that have been submitted and have not ended."""
+        return self._open
+
     def start(self) -> None:
         self._thread.start()
 

@@ -1,0 +1,191 @@
+"""The HTTP app: every route, and what becomes of every error. Built once, by `server.main`.
+
+`app.state.draining` is the one thing that changes afterwards: set to True, new generation requests get 503 and /ready
+says no, while running ones finish and /health stays well.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from server.api import managing
+from server.api.answer import answer
+from server.api.disconnect import ClientGone
+from server.api.edge import Edge
+from server.api.gauges import Gauges
+from server.api.keys import admit_admin
+from server.api.listing import find_model, list_models
+from server.api.openapi import generation_docs, json_docs
+from server.api.reading import read_chat, read_completion
+from server.api.refusal import error_response
+from server.api.requests import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    LoadBody,
+    ReferenceBody,
+    TokenizeBody,
+    UnloadBody,
+)
+from server.api.service import ServerInfo, Service
+from server.api.tokens import detokenize, tokenize
+from server.config import AdapterConfig, HttpConfig
+from server.contract import Adapters, Engine
+from server.errors import MalformedBody, MethodNotAllowed, RouteNotFound, ServerError
+from server.metrics import Metrics
+from server.text.tokenizer import Tokenizer
+
+CLIENT_CLOSED = 499  # nginx's number; nobody is there to read it, the log is
+
+
+def create_app(
+    *,
+    engine: Engine,
+    adapters: Adapters,
+    tokenizer: Tokenizer,
+    config: HttpConfig,
+    base_id: str,
+    metrics: Metrics,
+    info: ServerInfo,
+    adapter_cache_bytes: int = AdapterConfig().cache_bytes,
+) -> FastAPI:
+    text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
+    service = Service(engine, adapters, tokenizer, config, base_id, metrics, info, text_thread)
+    app = FastAPI(title="Multigraft", version=info.version, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.draining = False
+    metrics.registry.register(Gauges(engine, adapters, adapter_cache_bytes))
+    app.include_router(_generation(service))
+    app.include_router(_reading(service))
+    app.include_router(_managing(service))
+    app.include_router(_probes(service))
+    app.add_exception_handler(ServerError, _refuse)
+    app.add_exception_handler(HTTPException, _refuse_http)
+    app.add_exception_handler(ClientGone, _nobody)
+    app.add_middleware(Edge, config=config)
+    return app
+
+
+def _generation(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", **generation_docs(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        return await answer(service, request, read_chat)
+
+    @router.post("/v1/completions", **generation_docs(CompletionBody))
+    async def completions(request: Request) -> Response:
+        return await answer(service, request, read_completion)
+
+    return router
+
+
+def _reading(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/models", **json_docs())
+    async def models() -> Any:
+        return await list_models(service)
+
+    @router.get("/v1/models/{model:path}", **json_docs())
+    async def model(request: Request) -> Any:
+        return await find_model(service, request.path_params["model"])
+
+    @router.get("/v1/adapters", **json_docs())
+    async def adapters() -> Any:
+        return managing.list_adapters(service)
+
+    @router.post("/tokenize", **json_docs(TokenizeBody))
+    async def to_tokens(request: Request) -> Any:
+        return await tokenize(service, request)
+
+    @router.post("/detokenize", **json_docs(DetokenizeBody))
+    async def to_text(request: Request) -> Any:
+        return await detokenize(service, request)
+
+    return router
+
+
+def _managing(service: Service) -> APIRouter:
+    """Every route of this router needs the admin key."""
+
+    def admin(request: Request) -> None:
+        admit_admin(request.state.holder, service.config)
+
+    router = APIRouter(dependencies=[Depends(admin)])
+    loaded: set[str] = set()
+
+    @router.post("/v1/load_lora_adapter", **json_docs(LoadBody))
+    async def load(request: Request) -> Response:
+        return await managing.load(service, request, loaded)
+
+    @router.post("/v1/unload_lora_adapter", **json_docs(UnloadBody))
+    async def unload(request: Request) -> Response:
+        return await managing.unload(service, request, loaded)
+
+    @router.post("/v1/adapters/pin", **json_docs(ReferenceBody))
+    async def pin(request: Request) -> Any:
+        return await managing.pin(service, request)
+
+    @router.post("/v1/adapters/warm", **json_docs(ReferenceBody))
+    async def warm(request: Request) -> Any:
+        return await managing.warm(service, request)
+
+    @router.post("/v1/adapters/evict", **json_docs(ReferenceBody))
+    async def evict(request: Request) -> Any:
+        return await managing.evict(service, request)
+
+    return router
+
+
+def _probes(service: Service) -> APIRouter:
+    """Open to everybody, so they tell nothing about requests or keys."""
+    router = APIRouter()
+
+    @router.get("/health", **json_docs())
+    async def health() -> Response:
+        alive = service.engine.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    @router.get("/ready", **json_docs())
+    async def ready(request: Request) -> Response:
+        draining = request.app.state.draining
+        status = "draining" if draining else "ready" if service.engine.alive else "failed"
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+
+    @router.get("/version", **json_docs())
+    async def version() -> Any:
+        return {"version": service.info.version, "base": service.base_id, **service.info.details}
+
+    @router.get("/metrics", **json_docs())
+    async def scrape() -> Response:
+        return Response(service.metrics.scrape(), media_type=service.metrics.content_type)
+
+    return router
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServerError)
+    return error_response(error)
+
+
+async def _refuse_http(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses, in our shape."""
+    assert isinstance(error, HTTPException)
+    route = f"{request.method} {request.url.path[:200]}"
+    if error.status_code == 404:
+        return error_response(RouteNotFound(f"no route {route}"))
+    if error.status_code == 405:
+        response = error_response(MethodNotAllowed(f"{route} is not allowed"))
+        response.headers.update(error.headers or {})
+        return response
+    return error_response(MalformedBody(str(error.detail)))
+
+
+async def _nobody(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED)

@@ -1,0 +1,161 @@
+"""Where the server is constructed: the only file that knows every other, and the only one that starts and stops.
+
+Order of life: the base is loaded and proved, the engine thread starts, then the port opens. SIGTERM or SIGINT refuses
+new requests, lets running ones finish, and exits; a second signal does not wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+import transformers
+import uvicorn
+from fastapi import FastAPI
+
+from hub.base import describe_base, find_base
+from hub.contract import Hub
+from hub.errors import HubError
+from hub.registry import open_hub
+from server.adapters.lowering import Target
+from server.adapters.source import Source
+from server.adapters.store import AdapterStore
+from server.api.app import ServerInfo, create_app
+from server.config import ServerConfig
+from server.engine.loop import EngineLoop
+from server.errors import StartupRefused
+from server.metrics import Metrics
+from server.model.load import load_network
+from server.text.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+DRAIN_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Server:
+    config: ServerConfig
+    engine: EngineLoop
+    adapters: AdapterStore
+    app: FastAPI
+
+
+def build(config: ServerConfig, hub: Hub) -> Server:
+    """Load everything. Raises: StartupRefused."""
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    try:
+        folder = find_base(config.model.base)
+        base = describe_base(folder, name=config.model.base)
+    except HubError as error:
+        raise StartupRefused(str(error)) from error
+    tokenizer = load_tokenizer(folder)
+    network = load_network(config.model, folder, name=base.name)
+    facts = network.facts
+    engine = EngineLoop(network, config.engine)
+    metrics = Metrics()
+    target = Target(
+        sites=facts.sites,
+        layers=facts.layers,
+        hidden_size=facts.hidden_size,
+        dtype=facts.dtype,
+        device=facts.device,
+        max_rank=config.adapters.max_rank,
+        max_virtual=min(config.adapters.max_virtual, engine.max_model_len // 2),
+    )
+    source = Source(hub, base, default_alias=config.adapters.default_alias)
+    adapters = AdapterStore(source, engine, target, config.adapters, metrics, quantized=facts.quantized)
+    app = create_app(
+        engine=engine,
+        adapters=adapters,
+        tokenizer=tokenizer,
+        config=config.http,
+        base_id=config.http.served_name or base.name,
+        metrics=metrics,
+        info=ServerInfo(
+            version=version("multigraft"),
+            started=int(time.time()),
+            details={
+                "base": base.name,
+                "dtype": str(facts.dtype).removeprefix("torch."),
+                "device": str(facts.device),
+                "quantize": config.model.quantize,
+                "max_model_len": engine.max_model_len,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        ),
+    )
+    return Server(config, engine, adapters, app)
+
+
+def run(config: ServerConfig) -> None:
+    """Serve until told to stop. Raises: StartupRefused."""
+    try:
+        hub = open_hub()
+    except HubError as error:
+        raise StartupRefused(str(error)) from error
+    server = build(config, hub)
+    server.engine.start()
+    try:
+        asyncio.run(_serve(server))
+    finally:
+        server.engine.stop()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handlers: it would close the port before running streams are done."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(server: Server) -> None:
+    http = server.config.http
+    settings = uvicorn.Config(
+        server.app, host=http.host, port=http.port, log_level="warning", access_log=False, timeout_keep_alive=30
+    )
+    try:
+        socket = settings.bind_socket()
+    except SystemExit:
+        raise StartupRefused(f"port {http.port} on {http.host} cannot be opened") from None
+    uvicorn_server = _Uvicorn(settings)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signal_ in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signal_, _on_signal, uvicorn_server, stopping)
+    watching = asyncio.create_task(server.adapters.watch())
+    draining = asyncio.create_task(_drain(server, stopping, uvicorn_server))
+    host, port = socket.getsockname()[:2]
+    print(f"Multigraft serves {server.config.model.base} on http://{host}:{port}", flush=True)  # noqa: T201
+    await uvicorn_server.serve(sockets=[socket])
+    for task in (watching, draining):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def _on_signal(uvicorn_server: uvicorn.Server, stopping: asyncio.Event) -> None:
+    if stopping.is_set():
+        uvicorn_server.force_exit = uvicorn_server.should_exit = True
+    stopping.set()
+
+
+async def _drain(server: Server, stopping: asyncio.Event, uvicorn_server: uvicorn.Server) -> None:
+    """After the first signal: refuse what is new, wait for what runs, then let uvicorn close."""
+    await stopping.wait()
+    server.app.state.draining = True
+    log.info("stopping: new requests are refused, running ones finish")
+    deadline = time.monotonic() + server.config.http.drain_timeout_s
+    while server.engine.open_requests and time.monotonic() < deadline:
+        await asyncio.sleep(DRAIN_POLL_S)
+    uvicorn_server.should_exit = True
