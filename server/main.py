@@ -27,7 +27,8 @@ from hub.registry import open_hub
 from server.adapters.lowering import Target
 from server.adapters.source import Source
 from server.adapters.store import AdapterStore
-from server.api.app import ServerInfo, create_app
+from server.api.app import create_app
+from server.api.service import ServerInfo
 from server.config import ServerConfig
 from server.engine.loop import EngineLoop
 from server.errors import StartupRefused
@@ -93,6 +94,7 @@ def build(config: ServerConfig, hub: Hub) -> Server:
                 "transformers": transformers.__version__,
             },
         ),
+        adapter_cache_bytes=config.adapters.cache_bytes,
     )
     return Server(config, engine, adapters, app)
 

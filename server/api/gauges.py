@@ -67,7 +67,7 @@ def _names(adapters: Sequence[AdapterStatus]) -> list[str]:
 def _room(resident: Sequence[AdapterStatus], cache_bytes: int) -> int:
     """How many more adapters of the usual size would fit; routers want a count where we have a budget of bytes."""
     used = sum(status.bytes for status in resident)
-    return max(0, cache_bytes - used) * len(resident) // used if used else MANY
+    return min(MANY, max(0, cache_bytes - used) * len(resident) // used) if used else MANY
 
 
 def _bytes_by_tier(adapters: Sequence[AdapterStatus]) -> dict[str, int]:

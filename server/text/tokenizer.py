@@ -20,7 +20,7 @@ from server.text.vocabulary import Vocabulary, read_vocabulary
 ChatMessage = Mapping[str, str]
 
 # What a template written by somebody else may raise besides its own errors, when it meets a message it did not expect.
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError, RecursionError)
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 _SHOWN = 300  # characters of a template's own complaint
 
 
