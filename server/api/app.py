@@ -9,7 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -60,10 +60,10 @@ def create_app(
     app = FastAPI(title="Multigraft", version=info.version, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.draining = False
     metrics.registry.register(Gauges(engine, adapters, adapter_cache_bytes))
-    app.include_router(_generation(service))
-    app.include_router(_reading(service))
-    app.include_router(_managing(service))
-    app.include_router(_probes(service))
+    _add_generation(app, service)
+    _add_reading(app, service)
+    _add_managing(app, service)
+    _add_probes(app, service)
     app.add_exception_handler(ServerError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_exception_handler(ClientGone, _nobody)
@@ -71,102 +71,87 @@ def create_app(
     return app
 
 
-def _generation(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    @router.post("/v1/chat/completions", **generation_docs(ChatBody))
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", **generation_docs(ChatBody))
     async def chat_completions(request: Request) -> Response:
         return await answer(service, request, read_chat)
 
-    @router.post("/v1/completions", **generation_docs(CompletionBody))
+    @app.post("/v1/completions", **generation_docs(CompletionBody))
     async def completions(request: Request) -> Response:
         return await answer(service, request, read_completion)
 
-    return router
 
-
-def _reading(service: Service) -> APIRouter:
-    router = APIRouter()
-
-    @router.get("/v1/models", **json_docs())
+def _add_reading(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", **json_docs())
     async def models() -> Any:
         return await list_models(service)
 
-    @router.get("/v1/models/{model:path}", **json_docs())
+    @app.get("/v1/models/{model:path}", **json_docs())
     async def model(request: Request) -> Any:
         return await find_model(service, request.path_params["model"])
 
-    @router.get("/v1/adapters", **json_docs())
+    @app.get("/v1/adapters", **json_docs())
     async def adapters() -> Any:
         return managing.list_adapters(service)
 
-    @router.post("/tokenize", **json_docs(TokenizeBody))
+    @app.post("/tokenize", **json_docs(TokenizeBody))
     async def to_tokens(request: Request) -> Any:
         return await tokenize(service, request)
 
-    @router.post("/detokenize", **json_docs(DetokenizeBody))
+    @app.post("/detokenize", **json_docs(DetokenizeBody))
     async def to_text(request: Request) -> Any:
         return await detokenize(service, request)
 
-    return router
 
-
-def _managing(service: Service) -> APIRouter:
-    """Every route of this router needs the admin key."""
-
-    def admin(request: Request) -> None:
+def _add_managing(app: FastAPI, service: Service) -> None:
+    async def admin(request: Request) -> None:
         admit_admin(request.state.holder, service.config)
 
-    router = APIRouter(dependencies=[Depends(admin)])
+    only_admin = [Depends(admin)]
     loaded: set[str] = set()
 
-    @router.post("/v1/load_lora_adapter", **json_docs(LoadBody))
+    @app.post("/v1/load_lora_adapter", dependencies=only_admin, **json_docs(LoadBody))
     async def load(request: Request) -> Response:
         return await managing.load(service, request, loaded)
 
-    @router.post("/v1/unload_lora_adapter", **json_docs(UnloadBody))
+    @app.post("/v1/unload_lora_adapter", dependencies=only_admin, **json_docs(UnloadBody))
     async def unload(request: Request) -> Response:
         return await managing.unload(service, request, loaded)
 
-    @router.post("/v1/adapters/pin", **json_docs(ReferenceBody))
+    @app.post("/v1/adapters/pin", dependencies=only_admin, **json_docs(ReferenceBody))
     async def pin(request: Request) -> Any:
         return await managing.pin(service, request)
 
-    @router.post("/v1/adapters/warm", **json_docs(ReferenceBody))
+    @app.post("/v1/adapters/warm", dependencies=only_admin, **json_docs(ReferenceBody))
     async def warm(request: Request) -> Any:
         return await managing.warm(service, request)
 
-    @router.post("/v1/adapters/evict", **json_docs(ReferenceBody))
+    @app.post("/v1/adapters/evict", dependencies=only_admin, **json_docs(ReferenceBody))
     async def evict(request: Request) -> Any:
         return await managing.evict(service, request)
 
-    return router
 
-
-def _probes(service: Service) -> APIRouter:
+def _add_probes(app: FastAPI, service: Service) -> None:
     """Open to everybody, so they tell nothing about requests or keys."""
-    router = APIRouter()
 
-    @router.get("/health", **json_docs())
+    @app.get("/health", **json_docs())
     async def health() -> Response:
         alive = service.engine.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
-    @router.get("/ready", **json_docs())
+    @app.get("/ready", **json_docs())
     async def ready(request: Request) -> Response:
         draining = request.app.state.draining
         status = "draining" if draining else "ready" if service.engine.alive else "failed"
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
-    @router.get("/version", **json_docs())
+    @app.get("/version", **json_docs())
     async def version() -> Any:
         return {"version": service.info.version, "base": service.base_id, **service.info.details}
 
-    @router.get("/metrics", **json_docs())
+    @app.get("/metrics", **json_docs())
     async def scrape() -> Response:
         return Response(service.metrics.scrape(), media_type=service.metrics.content_type)
-
-    return router
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -65,7 +65,7 @@ def _detach_bias(base: nn.Module) -> Tensor | None:
     if not isinstance(bias, Tensor):
         return None
     if not isinstance(base, Conv1D):
-        base.bias = None
+        base.register_parameter("bias", None)
     return bias.detach()
 
 

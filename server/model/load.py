@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -188,10 +189,10 @@ def _prove(network: Network, probes: list[Tensor], expected: list[Tensor]) -> No
 
 
 def _end_ids(stock: nn.Module) -> frozenset[int]:
-    ids = stock.generation_config.eos_token_id  # type: ignore[union-attr]
+    ids: Any = stock.generation_config.eos_token_id  # type: ignore[union-attr]
     if ids is None:
         ids = stock.config.eos_token_id  # type: ignore[union-attr]
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])  # type: ignore[list-item]
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
 def with_context(facts: BaseFacts, limit: int | None) -> BaseFacts:

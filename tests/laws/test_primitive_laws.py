@@ -151,7 +151,8 @@ def test_a_bank_that_dropped_grafts_equals_one_that_never_held_them(seed: int, h
         fresh_columns = fresh.activate([grafts[k] for k in active])
         results = []
         for bank, places in ((old, columns), (fresh, fresh_columns)):
-            rows = [(1, [(places[grafts[active[0]].digest], 1.0)]), (1, []), (1, [(places[grafts[active[-1]].digest], -2.0)])]
+            first, last = (places[grafts[k].digest] for k in (active[0], active[-1]))
+            rows = [(1, [(first, 1.0)]), (1, list[tuple[int, float]]()), (1, [(last, -2.0)])]
             gates = gates_from_rows(rows, bank.size, x)
             results.append(apply_site(x, gates, bank.operands["site"], lambda z: F.linear(z, weight), None))
         torch.testing.assert_close(results[0], results[1], atol=TOLERANCE * 100, rtol=TOLERANCE)

@@ -21,9 +21,7 @@ class SchedulerLaws(RuleBasedStateMachine):
     @initialize(blocks=st.integers(6, 12), budget=st.integers(1, 12), running=st.integers(1, 5))
     def start(self, blocks: int, budget: int, running: int) -> None:
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(
-            self.pool, block_size=BLOCK_SIZE, max_batch_tokens=budget, max_running=running
-        )
+        self.scheduler = Scheduler(self.pool, block_size=BLOCK_SIZE, max_batch_tokens=budget, max_running=running)
         self.budget = budget
         self.open: dict[int, Sequence] = {}
         self.next_id = 0

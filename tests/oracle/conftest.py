@@ -23,7 +23,8 @@ from server.engine.pack import block_rows, pack_step
 from server.model.load import load_network
 from server.model.network import Network
 from server.policy.blocks import BlockPool
-from server.policy.schedule import Scheduler, Sequence as Scheduled
+from server.policy.schedule import Scheduler
+from server.policy.schedule import Sequence as Scheduled
 from server.primitives.graft import Graft
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -118,9 +119,7 @@ class Bench:
         pool = BlockPool(self.blocks)
         cache = self.network.new_cache(self.blocks, self.block_size)
         bank = Bank()
-        scheduler = Scheduler(
-            pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=64
-        )
+        scheduler = Scheduler(pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=64)
         grafts: dict[int, list[tuple[Graft, float]]] = {}
         logits: dict[int, list[Tensor]] = {}
         for index, (ids, mixture) in enumerate(requests):

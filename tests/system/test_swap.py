@@ -178,9 +178,7 @@ def test_a_version_that_fails_its_golden_rows_never_serves(
         wait_for(lambda: ask(server.url, "bot")[1][0]["digest"] == good)
 
 
-def test_the_cache_evicts_what_nobody_holds_and_never_what_is_pinned(
-    home: Path, random_adapter: RandomAdapter
-) -> None:
+def test_the_cache_evicts_what_nobody_holds_and_never_what_is_pinned(home: Path, random_adapter: RandomAdapter) -> None:
     for seed in range(1, 5):
         push(home, random_adapter("lora", seed), f"bot-{seed}")
     with serving(home) as probe:

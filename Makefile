@@ -1,0 +1,38 @@
+# Two commands are meant for you: `make demo` and `make test`. Each does all its own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export HF_HUB_OFFLINE = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test lint bench install clean
+
+demo: $(STAMP)  ## train four adapters, push, serve, fuse, swap: the whole of it on the embedded base
+	@$(BIN)/hub demo $(DEMO)
+
+test: $(STAMP)  ## every test; pass PYTEST="-k name" to choose
+	@$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(STAMP)  ## ruff, mypy --strict, and the storeys of the house
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(STAMP)  ## adapters against our own base and against PEFT, side by side in one run (minutes)
+	@$(BIN)/python -m benchmarks.serving $(BENCH)
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V). Try make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,305 @@
+"""What every hub does, wherever it lies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hub.contract import Event, Hub
+from hub.digest import sha256_of
+from hub.errors import AliasMoved, BadReference, InUse, NotFound, Refused, WouldOverwrite
+from hub.manifest import CONFIG_FILE, WEIGHTS_FILE
+from hub.ref import parse_reference
+from tests.contract.conftest import Folders
+
+
+def at(hub: Hub, reference: str) -> int:
+    return hub.resolve(parse_reference(reference)).version
+
+
+def told(event: Event | None) -> tuple[str, str | None, int | None, int, bool]:
+    assert event is not None
+    return event.kind, event.alias, event.previous, event.version, event.rollback
+
+
+def test_an_empty_hub_has_nothing(hub: Hub) -> None:
+    assert hub.adapters() == []
+    assert hub.head() == 0
+    assert hub.events(0) == []
+    assert hub.collect().blobs == 0
+    for reference in ("legal", "legal@1", "legal@prod", "legal@sha256:" + "0" * 12):
+        with pytest.raises(NotFound):
+            hub.resolve(parse_reference(reference))
+    with pytest.raises(NotFound):
+        hub.log("legal")
+
+
+def test_versions_are_counted_from_one_and_latest_follows_each_push(hub: Hub, folders: Folders) -> None:
+    for version in (1, 2, 3):
+        pushed = hub.push(folders[f"lora-{version}"], "legal")
+        assert (pushed.name, pushed.version, pushed.created) == ("legal", version, True)
+        assert at(hub, "legal") == at(hub, "legal@latest") == version
+    assert hub.push(folders["lora-1"], "team/other").version == 1
+
+
+def test_the_same_bytes_are_the_same_version_and_latest_goes_there(hub: Hub, folders: Folders) -> None:
+    first = hub.push(folders["lora-1"], "legal")
+    hub.push(folders["lora-2"], "legal")
+    again = hub.push(folders["lora-1"], "legal")
+    assert (again.version, again.digest, again.created) == (1, first.digest, False)
+    assert at(hub, "legal") == 1
+    assert hub.push(folders["lora-3"], "legal").version == 3
+
+
+def test_the_same_bytes_under_two_names_have_one_digest(hub: Hub, folders: Folders) -> None:
+    assert hub.push(folders["lora-1"], "legal").digest == hub.push(folders["lora-1"], "tone").digest
+
+
+def test_a_push_that_is_refused_leaves_no_trace(hub: Hub, tmp_path: Path, folders: Folders) -> None:
+    broken = Path(shutil.copytree(folders["lora-1"], tmp_path / "broken"))
+    (broken / "evil.bin").write_bytes(b"")
+    with pytest.raises(Refused):
+        hub.push(broken, "legal")
+    assert hub.adapters() == []
+    assert hub.head() == 0
+
+
+@pytest.mark.parametrize("kind", ["lora-0", "ia3", "prefix", "prompt", "p-tuning"])
+def test_every_kind_goes_in_and_comes_out_with_the_same_bytes(
+    hub: Hub, tmp_path: Path, folders: Folders, kind: str
+) -> None:
+    pushed = hub.push(folders[kind], "legal")
+    manifest = hub.manifest(pushed.digest)
+    assert kind.startswith(manifest.kind)
+    resolved = hub.pull(parse_reference("legal@1"), tmp_path / "out")
+    assert resolved.digest == pushed.digest
+    assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == (folders[kind] / WEIGHTS_FILE).read_bytes()
+    for entry in manifest.files:
+        data = hub.read(pushed.digest, entry.path)
+        assert data == (tmp_path / "out" / entry.path).read_bytes()
+        assert (len(data), sha256_of(data)) == (entry.size, entry.sha256)
+    assert hub.verify(parse_reference("legal")).files == len(manifest.files)
+
+
+def test_what_was_pulled_is_the_same_version_when_it_is_pushed(hub: Hub, tmp_path: Path, folders: Folders) -> None:
+    digest = hub.push(folders["lora-1"], "legal").digest
+    hub.pull(parse_reference("legal"), tmp_path / "out")
+    again = hub.push(tmp_path / "out", "legal")
+    assert (again.digest, again.created) == (digest, False)
+
+
+def test_peft_writing_its_sets_in_another_order_makes_no_new_version(
+    hub: Hub, tmp_path: Path, folders: Folders
+) -> None:
+    digest = hub.push(folders["lora-1"], "legal").digest
+    other = Path(shutil.copytree(folders["lora-1"], tmp_path / "other"))
+    config = json.loads((other / CONFIG_FILE).read_text())
+    config["target_modules"].reverse()
+    (other / CONFIG_FILE).write_text(json.dumps(dict(reversed(config.items())), indent=4))
+    assert hub.push(other, "legal").digest == digest
+
+
+def test_a_pull_never_overwrites_anything_else(hub: Hub, tmp_path: Path, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal")
+    hub.push(folders["lora-2"], "legal")
+    (tmp_path / "empty").mkdir()
+    hub.pull(parse_reference("legal@1"), tmp_path / "empty")
+    hub.pull(parse_reference("legal@1"), tmp_path / "empty")  # it is there already
+    with pytest.raises(WouldOverwrite):
+        hub.pull(parse_reference("legal@2"), tmp_path / "empty")
+    assert (tmp_path / "empty" / WEIGHTS_FILE).read_bytes() == (folders["lora-1"] / WEIGHTS_FILE).read_bytes()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WouldOverwrite):
+        hub.pull(parse_reference("legal@2"), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_digest_or_its_beginning_finds_its_version(hub: Hub, folders: Folders) -> None:
+    first = hub.push(folders["lora-1"], "legal")
+    hub.push(folders["lora-2"], "legal")
+    assert at(hub, f"legal@{first.digest}") == 1
+    assert at(hub, f"legal@{first.digest[:20]}") == 1
+    with pytest.raises(NotFound):
+        hub.resolve(parse_reference(f"tone@{first.digest}"))
+
+
+def test_a_resolved_reference_names_the_alias_that_was_followed(hub: Hub, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal", aliases=["prod"])
+    assert hub.resolve(parse_reference("legal")).alias == "latest"
+    assert hub.resolve(parse_reference("legal"), default_alias="prod").alias == "prod"
+    assert hub.resolve(parse_reference("legal@1")).alias is None
+    with pytest.raises(NotFound, match="no alias staging"):
+        hub.resolve(parse_reference("legal"), default_alias="staging")
+
+
+def test_a_push_may_move_further_aliases_with_it(hub: Hub, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal", aliases=["prod", "staging"])
+    hub.push(folders["lora-2"], "legal", aliases=["staging"])
+    (adapter,) = hub.adapters()
+    assert dict(adapter.aliases) == {"latest": 2, "prod": 1, "staging": 2}
+
+
+def test_an_alias_moves_only_from_where_it_is_expected(hub: Hub, folders: Folders) -> None:
+    for seed in (1, 2, 3):
+        hub.push(folders[f"lora-{seed}"], "legal")
+    assert told(hub.move_alias("legal", 1, "prod", expect=0)) == ("alias_moved", "prod", None, 1, False)
+    with pytest.raises(AliasMoved, match="points to version 1, not to no version"):
+        hub.move_alias("legal", 2, "prod", expect=0)
+    with pytest.raises(AliasMoved, match="points to version 1, not to version 3"):
+        hub.move_alias("legal", 2, "prod", expect=3)
+    assert at(hub, "legal@prod") == 1
+    assert told(hub.move_alias("legal", 2, "prod", expect=1)) == ("alias_moved", "prod", 1, 2, False)
+    assert told(hub.move_alias("legal", 3, "prod")) == ("alias_moved", "prod", 2, 3, False)
+
+
+def test_moving_an_alias_to_where_it_is_does_nothing(hub: Hub, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal")
+    before = hub.head()
+    assert hub.move_alias("legal", 1, "latest") is None
+    assert hub.head() == before
+
+
+def test_an_alias_cannot_point_to_what_is_not_there(hub: Hub, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal")
+    with pytest.raises(NotFound, match="the last version is 1"):
+        hub.move_alias("legal", 2, "prod")
+    with pytest.raises(NotFound, match="no adapter tone"):
+        hub.move_alias("tone", 1, "prod")
+    with pytest.raises(BadReference):
+        hub.move_alias("legal", 1, "7")
+
+
+def test_a_rollback_goes_back_step_by_step_and_never_forward_again(hub: Hub, folders: Folders) -> None:
+    for seed in (1, 2, 3):
+        hub.push(folders[f"lora-{seed}"], "legal", aliases=["prod"])
+    assert told(hub.rollback("legal", "prod")) == ("alias_moved", "prod", 3, 2, True)
+    assert told(hub.rollback("legal", "prod")) == ("alias_moved", "prod", 2, 1, True)
+    with pytest.raises(NotFound, match="nowhere before"):
+        hub.rollback("legal", "prod")
+    assert at(hub, "legal@prod") == 1
+    hub.move_alias("legal", 3, "prod")
+    assert told(hub.rollback("legal", "prod")) == ("alias_moved", "prod", 3, 1, True)
+    with pytest.raises(NotFound, match="no alias staging"):
+        hub.rollback("legal", "staging")
+
+
+def test_a_rollback_to_a_removed_version_is_refused(hub: Hub, folders: Folders) -> None:
+    for seed in (1, 2):
+        hub.push(folders[f"lora-{seed}"], "legal", aliases=["prod"])
+    hub.remove("legal", 1)
+    with pytest.raises(NotFound, match="legal@1 before, which was removed"):
+        hub.rollback("legal", "prod")
+    assert at(hub, "legal@prod") == 2
+
+
+def test_a_version_in_use_is_not_removed(hub: Hub, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal", aliases=["prod"])
+    hub.push(folders["lora-2"], "legal")
+    with pytest.raises(InUse, match="legal@1 is in use: prod"):
+        hub.remove("legal", 1)
+    with pytest.raises(InUse, match="legal@2 is in use: latest"):
+        hub.remove("legal", 2)
+    assert len(hub.adapters()[0].versions) == 2
+
+
+def test_a_removed_version_is_gone_and_its_number_never_comes_back(hub: Hub, folders: Folders) -> None:
+    digest = hub.push(folders["lora-1"], "legal").digest
+    hub.push(folders["lora-2"], "legal")
+    assert told(hub.remove("legal", 1))[0] == "removed"
+    for reference in ("legal@1", f"legal@{digest}"):
+        with pytest.raises(NotFound):
+            hub.resolve(parse_reference(reference))
+    with pytest.raises(NotFound):
+        hub.manifest(digest)
+    with pytest.raises(NotFound, match="was removed on"):
+        hub.remove("legal", 1)
+    again = hub.push(folders["lora-1"], "legal")
+    assert (again.version, again.created) == (3, True)
+    assert [version.version for version in hub.adapters()[0].versions] == [2, 3]
+
+
+def test_the_last_version_of_a_name_goes_with_its_latest(hub: Hub, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal")
+    hub.remove("legal", 1)
+    assert hub.adapters() == []
+    with pytest.raises(NotFound):
+        hub.resolve(parse_reference("legal"))
+    assert hub.push(folders["lora-2"], "legal").version == 2
+    assert at(hub, "legal") == 2
+    with pytest.raises(NotFound, match="nowhere before"):
+        hub.rollback("legal", "latest")
+
+
+def test_collection_frees_what_nothing_needs_and_nothing_else(hub: Hub, folders: Folders) -> None:
+    digest = hub.push(folders["lora-1"], "legal").digest
+    hub.push(folders["lora-1"], "tone")
+    hub.push(folders["lora-2"], "legal")
+    hub.remove("legal", 1)
+    assert hub.collect().blobs == 0, "another name has the same bytes"
+    hub.push(folders["lora-3"], "tone")
+    hub.remove("tone", 1)
+    freed = hub.collect()
+    assert freed.blobs == 1, "the config is shared with the other versions"
+    assert freed.bytes == (folders["lora-1"] / WEIGHTS_FILE).stat().st_size
+    with pytest.raises(NotFound):
+        hub.read(digest, WEIGHTS_FILE)
+    for reference in ("legal", "tone"):
+        hub.verify(parse_reference(reference))
+    assert hub.push(folders["lora-1"], "legal").version == 3
+    hub.verify(parse_reference("legal@3"))
+
+
+def test_every_change_is_an_event_and_watchers_see_each_once(hub: Hub, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal", aliases=["prod"], note="first", actor="ada")
+    head = hub.head()
+    hub.push(folders["lora-2"], "legal")
+    hub.move_alias("legal", 2, "prod", note="better", actor="bob")
+    hub.rollback("legal", "prod")
+    seen = hub.events(head)
+    assert [(event.kind, event.alias, event.previous, event.version) for event in seen] == [
+        ("pushed", None, None, 2),
+        ("alias_moved", "latest", 1, 2),
+        ("alias_moved", "prod", 1, 2),
+        ("alias_moved", "prod", 2, 1),
+    ]
+    assert [event.seq for event in hub.events(0)] == list(range(1, hub.head() + 1))
+    assert hub.events(hub.head()) == []
+    first, moved = hub.events(0)[0], seen[2]
+    assert (first.actor, first.note, first.digest) == ("ada", "first", hub.resolve(parse_reference("legal@1")).digest)
+    assert (moved.actor, moved.note, moved.digest) == ("bob", "better", hub.resolve(parse_reference("legal@2")).digest)
+
+
+def test_the_log_of_a_name_holds_only_its_own_events(hub: Hub, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal")
+    hub.push(folders["lora-1"], "tone")
+    hub.remove("tone", 1)
+    assert [event.kind for event in hub.log("legal")] == ["pushed", "alias_moved"]
+    assert [event.kind for event in hub.log("tone")] == ["pushed", "alias_moved", "removed"]
+
+
+def test_names_are_listed_in_order_and_by_pattern(hub: Hub, folders: Folders) -> None:
+    for name in ("tone", "team/legal", "legal"):
+        hub.push(folders["lora-1"], name)
+    assert [adapter.name for adapter in hub.adapters()] == ["legal", "team/legal", "tone"]
+    assert [adapter.name for adapter in hub.adapters("*legal")] == ["legal", "team/legal"]
+    assert hub.adapters("nothing*") == []
+
+
+def test_a_difference_names_what_parts_two_versions(hub: Hub, tmp_path: Path, folders: Folders) -> None:
+    hub.push(folders["lora-1"], "legal")
+    changed = Path(shutil.copytree(folders["lora-1"], tmp_path / "changed"))
+    config = json.loads((changed / CONFIG_FILE).read_text())
+    (changed / CONFIG_FILE).write_text(json.dumps({**config, "lora_alpha": 99}))
+    (changed / "metrics.json").write_text(json.dumps({"eval_loss": 0.25}))
+    hub.push(changed, "legal")
+    difference = hub.diff(parse_reference("legal@1"), parse_reference("legal@2"))
+    changes = {change.field: (change.before, change.after) for change in difference.changes}
+    assert changes["config.lora_alpha"] == (8, 99)
+    assert changes["metrics.eval_loss"] == (None, 0.25)
+    assert set(changes) == {
+        "config.lora_alpha", "metrics.eval_loss", "files.adapter_config.json", "files.metrics.json",
+    }  # fmt: skip
+    assert hub.diff(parse_reference("legal@1"), parse_reference("legal@1")).changes == ()

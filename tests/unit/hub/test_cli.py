@@ -1,0 +1,223 @@
+"""The command line in one process: every listing as a person and as a program reads it, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from hub import cli
+from hub.registry import LocalHub
+from tests.unit.hub.makers import write_golden, write_lora
+
+Run = Callable[..., "Outcome"]
+
+
+class Outcome:
+    def __init__(self, result: Any) -> None:
+        self.out, self.err, self.code = result.stdout, result.stderr, result.exit_code
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    environment = {"MULTIGRAFT_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "USER": "ada", "HUB_URL": None}
+
+    def hub(*arguments: str | Path, code: int = 0, **extra: str) -> Outcome:
+        result = CliRunner().invoke(cli.app, [*map(str, arguments)], env={**environment, **extra})
+        assert result.exit_code == code, result.output + repr(result.exception)
+        return Outcome(result)
+
+    return hub
+
+
+@pytest.fixture
+def pushed(run: Run, tmp_path: Path, base: Path) -> tuple[Run, list[str]]:
+    """Two versions of team/legal, of which the first is prod."""
+    one = write_golden(write_lora(tmp_path / "one", base, seed=1))
+    (one / "metrics.json").write_text('{"eval_loss": 0.5}')
+    two = write_lora(tmp_path / "two", base, seed=2, lora_alpha=32)
+    run("push", one, "team/legal", "--alias", "prod", "--note", "first try")
+    run("push", two, "team/legal")
+    return run, [item["digest"] for item in run("ls", "--json").json[0]["versions"]]
+
+
+def test_the_same_bytes_again_are_told(pushed: tuple[Run, list[str]], tmp_path: Path) -> None:
+    run, digests = pushed
+    again = run("push", tmp_path / "two", "team/legal")
+    assert (again.out, again.err) == (f"team/legal@2 {digests[1]}\n", "the same bytes were there already\n")
+    assert run("push", "-q", tmp_path / "two", "team/legal").out == f"{digests[1]}\n"
+    assert run("push", "--json", tmp_path / "two", "team/legal").json == {
+        "name": "team/legal", "version": 2, "digest": digests[1], "created": False,
+    }  # fmt: skip
+
+
+def test_ls_lists_names_versions_and_aliases(pushed: tuple[Run, list[str]]) -> None:
+    run, _ = pushed
+    header, line = run("ls").out.splitlines()
+    assert header.split() == ["NAME", "VERSIONS", "KIND", "SIZE", "ALIASES", "PUSHED", "BY"]
+    assert re.fullmatch(r"team/legal +1-2 +lora +4\.\d kB +latest=2 prod=1 +20[-\d]+ [:\d]+ +ada", line)
+    assert run("ls", "-q", "team/*").out == "team/legal\n"
+    nothing = run("ls", "other*")
+    assert (nothing.out, nothing.err) == ("", "nothing fits other*\n")
+    assert run("ls", "other*", "--json").json == []
+
+
+def test_show_tells_everything_of_one_version(pushed: tuple[Run, list[str]]) -> None:
+    run, digests = pushed
+    shown = run("show", "team/legal@prod", "--json").json
+    assert (shown["name"], shown["version"], shown["digest"], shown["aliases"]) == (
+        "team/legal", 1, digests[0], ["prod"],
+    )  # fmt: skip
+    assert (shown["pushed"]["by"], shown["pushed"]["note"]) == ("ada", "first try")
+    assert shown["manifest"]["base"]["fingerprint"]
+    text = run("show", "team/legal@1").out
+    for part in (digests[0], "first try", "tiny-llama", "q_proj, v_proj", "eval_loss = 0.5", "golden.safetensors"):
+        assert part in text
+
+
+def test_log_and_diff_are_read_by_people_and_programs(pushed: tuple[Run, list[str]]) -> None:
+    run, digests = pushed
+    run("alias", "team/legal@2", "prod", "--note", "better")
+    run("rollback", "team/legal", "prod")
+    log = run("log", "team/legal", "--json").json
+    assert [(event["seq"], event["kind"], event["alias"], event["rollback"]) for event in log][-2:] == [
+        (6, "alias_moved", "prod", False),
+        (7, "alias_moved", "prod", True),
+    ]
+    lines = run("log", "team/legal").out.splitlines()
+    assert re.search(r"ada +moved prod 1 -> 2 +better", lines[-2])
+    assert re.search(r"ada +rolled back prod 2 -> 1", lines[-1])
+    changes = run("diff", "team/legal@1", "team/legal@2", "--json").json["changes"]
+    assert {"field": "config.lora_alpha", "before": 8, "after": 32} in changes
+    text = run("diff", "team/legal@1", "team/legal@2").out
+    assert re.search(r"config\.lora_alpha +8 +32", text)
+    assert re.search(r"metrics\.eval_loss +0\.5 +-", text)
+    assert run("diff", "team/legal@1", "team/legal@prod").err == "no difference\n"
+
+
+def test_aliases_move_and_say_from_where_to_where(pushed: tuple[Run, list[str]]) -> None:
+    run, digests = pushed
+    assert run("alias", "team/legal@prod", "staging").out == f"team/legal@staging: nowhere -> 1 {digests[0]}\n"
+    assert run("alias", "team/legal@1", "prod").err == "team/legal@prod points to version 1 already\n"
+    assert run("alias", "team/legal@1", "prod", "--json").json is None
+    assert run("alias", "team/legal@2", "prod", "--expect", "0", code=1).err.endswith("nothing was moved\n")
+
+
+def test_verify_without_a_reference_looks_at_everything_and_names_what_is_damaged(
+    pushed: tuple[Run, list[str]], tmp_path: Path
+) -> None:
+    run, digests = pushed
+    assert run("verify").out.count("whole:") == 2
+    assert run("verify", "team/legal@1").out == f"team/legal@1 {digests[0]} whole: 5 files, {total(run)} bytes\n"
+    entry = LocalHub(tmp_path / "home").manifest(digests[0]).file("golden.json")
+    assert entry is not None
+    (tmp_path / "home" / "blobs" / "sha256" / entry.sha256[:2] / entry.sha256).write_bytes(b"{}")
+    damaged = run("verify", code=1)
+    assert damaged.err.startswith("hub: team/legal@1 is damaged: golden.json: blob")
+    assert damaged.out.count("whole:") == 1
+    assert [item["whole"] for item in run("verify", "--json", code=1).json] == [False, True]
+
+
+def total(run: Run) -> int:
+    return sum(entry["size"] for entry in run("show", "team/legal@1", "--json").json["manifest"]["files"])
+
+
+def test_what_strangers_wrote_cannot_colour_the_terminal(pushed: tuple[Run, list[str]], tmp_path: Path) -> None:
+    run, _ = pushed
+    run("alias", "team/legal@2", "prod", "--note", "\x1b[31m[red]boo\n\x07")
+    assert "?[31m[red]boo??" in run("log", "team/legal").out
+    (tmp_path / "two" / "evil\x1b[2J").write_text("")
+    assert "\x1b" not in run("push", tmp_path / "two", "legal", code=1).err
+
+
+def test_bases_are_listed_and_found(run: Run, base: Path) -> None:
+    assert run("base", base).out == f"{base}\n"
+    assert run("base", base, "--json").json["hidden_size"] == 32
+    assert isinstance(run("base", "--json").json, list)
+    run("base")
+
+
+def test_the_doctor_speaks_of_this_machine(run: Run, tmp_path: Path) -> None:
+    findings = {finding["topic"]: finding for finding in run("doctor", "--json").json}
+    assert findings["hub home"]["good"] is True
+    assert {"python", "cpu", "memory", "cuda", "packages", "hub serve", "hub train"} <= findings.keys()
+    assert str(tmp_path / "home") in run("doctor").out
+    (tmp_path / "blocked").write_text("")
+    blocked = run("doctor", "--json", MULTIGRAFT_HOME=str(tmp_path / "blocked")).json
+    assert blocked[0]["good"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["push", "nowhere", "legal"], 1, "there is no folder nowhere"),
+        (["push", ".", "../evil"], 1, "looks like a path"),
+        (["push", ".", "legal", "--base", "no/such-base"], 1, "no embedded base"),
+        (["show", "legal"], 1, "there is no adapter legal"),
+        (["show", "legal@@"], 1, "does not fit"),
+        (["log", "legal"], 1, "there is no adapter legal"),
+        (["rm", "legal"], 1, "names no version to remove"),
+        (["rm", "legal@1"], 1, "there is no adapter legal"),
+        (["base", "no-such-base-here"], 1, "no embedded base"),
+        (["push"], 2, "Missing argument"),
+        (["no-such-command"], 2, "No such command"),
+        (["alias", "legal@1", "prod", "--expect", "x"], 2, "Invalid value"),
+        (["alias", "legal@1", "prod", "--expect", "-1"], 2, "Invalid value"),
+        (["--hub", "https://hub.example", "ls"], 1, "remote hubs are not supported by this version"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(run: Run, arguments: list[str], code: int, reason: str) -> None:
+    done = run(*arguments, code=code)
+    assert reason in done.err
+    assert done.out == ""
+
+
+def test_a_remote_hub_named_by_the_environment_is_refused_by_every_command(run: Run) -> None:
+    assert "remote hubs are not supported" in run("ls", code=1, HUB_URL="https://hub.example").err
+
+
+def test_the_version_is_printed_before_anything_else_is_looked_at(run: Run) -> None:
+    assert run("--version", HUB_URL="https://hub.example").out.startswith("multigraft ")
+
+
+def greet(app: typer.Typer) -> None:
+    """What another package registers."""
+
+    @app.command()
+    def greet() -> None:
+        typer.echo("hello")
+
+    @app.command()
+    def needy() -> None:
+        import no_such_package_anywhere  # type: ignore[import-not-found]  # noqa: F401
+
+
+def test_other_packages_add_commands_and_a_broken_one_breaks_only_itself(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = cli.COMMANDS_GROUP
+    found = EntryPoints(
+        [
+            EntryPoint("greet", "tests.unit.hub.test_cli:greet", group),
+            EntryPoint("broken", "no_such_package_anywhere:register", group),
+        ]
+    )
+    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda *, group: found)
+    assert run("ls").err == "nothing here yet\n"
+    assert run("greet").out == "hello\n"
+    broken = run("broken", code=1).err
+    assert "pip install 'multigraft[broken]'" in broken
+    assert "no_such_package_anywhere, which is not installed: pip install" in run("needy", code=1).err
+    listed = run("--help").out
+    assert all(name in listed for name in ("push", "greet", "broken"))

@@ -1,0 +1,224 @@
+"""LocalHub: what holds beyond the protocol: leases against collection, damage, mending, and where a hub is found."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from hub.blobs import BlobStore, DirectoryBlobs
+from hub.errors import BadReference, Corrupt, HubUnavailable, NotFound, Refused, RemoteUnsupported
+from hub.ref import parse_reference
+from hub.registry import LocalHub, open_hub
+from tests.unit.hub.makers import write_base, write_lora, write_prompt
+
+LATER_S = 2 * 3600.0
+
+
+class Clock:
+    """A clock that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class PausingBlobs:
+    """A BlobStore over another one that stops before each put until it is let go on: a slow push, made visible."""
+
+    def __init__(self, inner: BlobStore) -> None:
+        self._inner = inner
+        self.waiting = threading.Semaphore(0)
+        self.go_on = threading.Semaphore(0)
+
+    def put(self, source: BinaryIO, sha256: str) -> bool:
+        self.waiting.release()
+        self.go_on.acquire()
+        return self._inner.put(source, sha256)
+
+    def stream(self, sha256: str) -> Iterator[bytes]:
+        return self._inner.stream(sha256)
+
+    def stored(self) -> Iterator[tuple[str, int]]:
+        return self._inner.stored()
+
+    def delete(self, sha256: str) -> None:
+        self._inner.delete(sha256)
+
+    def sweep(self, before: float) -> None:
+        self._inner.sweep(before)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> LocalHub:
+    return LocalHub(tmp_path / "home")
+
+
+def test_a_collection_beside_a_push_takes_nothing_from_it(tmp_path: Path, adapter: Path) -> None:
+    home, clock = tmp_path / "home", Clock()
+    slow = PausingBlobs(DirectoryBlobs(home / "blobs"))
+    pushing = LocalHub(home, clock=clock, blobs=slow)
+    collecting = LocalHub(home, clock=clock)
+    worker = threading.Thread(target=pushing.push, args=(adapter, "legal"))
+    worker.start()
+    while worker.is_alive():
+        if slow.waiting.acquire(timeout=0.05):
+            assert collecting.collect().blobs == 0
+            slow.go_on.release()
+    worker.join()
+    assert collecting.verify(parse_reference("legal@1")).files == 2
+
+
+def test_a_push_that_outlives_its_lease_stores_its_blobs_again(tmp_path: Path, adapter: Path) -> None:
+    home, clock = tmp_path / "home", Clock()
+    slow = PausingBlobs(DirectoryBlobs(home / "blobs"))
+    pushing = LocalHub(home, clock=clock, blobs=slow)
+    collecting = LocalHub(home, clock=clock)
+    worker = threading.Thread(target=pushing.push, args=(adapter, "legal"))
+    worker.start()
+    slow.waiting.acquire()
+    slow.go_on.release()
+    slow.waiting.acquire()  # one blob is stored, the other is about to be
+    clock.now += LATER_S
+    assert collecting.collect().blobs == 1
+    slow.go_on.release()
+    for _ in range(2):  # the second try
+        slow.waiting.acquire()
+        slow.go_on.release()
+    worker.join()
+    assert collecting.verify(parse_reference("legal@1")).files == 2
+
+
+def test_what_a_dead_push_left_is_freed_once_its_lease_has_run_out(tmp_path: Path, adapter: Path) -> None:
+    clock = Clock()
+    hub = LocalHub(tmp_path / "home", clock=clock)
+    hub.push(adapter, "legal")
+    with sqlite3.connect(hub.home / "catalogue.sqlite") as database:
+        database.execute("INSERT INTO leases VALUES ('dead', ?, ?)", ("f" * 64, clock.now + 10))
+    leftover = hub.home / "blobs" / "sha256" / "ff"
+    leftover.mkdir(exist_ok=True)
+    (leftover / ("f" * 64)).write_bytes(b"left behind")
+    assert hub.collect().blobs == 0
+    clock.now += LATER_S
+    assert hub.collect().blobs == 1
+    assert hub.verify(parse_reference("legal")).files == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_damage_is_found_by_every_way_of_reading(hub: LocalHub, adapter: Path, tmp_path: Path, damage: str) -> None:
+    digest = hub.push(adapter, "legal").digest
+    entry = hub.manifest(digest).file("adapter_model.safetensors")
+    assert entry is not None
+    blob = hub.home / "blobs" / "sha256" / entry.sha256[:2] / entry.sha256
+    data = blob.read_bytes()
+    if damage == "gone":
+        blob.unlink()
+    else:
+        blob.write_bytes(data[:-1] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    for read in (
+        lambda: hub.verify(parse_reference("legal")),
+        lambda: hub.read(digest, "adapter_model.safetensors"),
+        lambda: hub.pull(parse_reference("legal"), tmp_path / "out"),
+    ):
+        with pytest.raises((Corrupt, NotFound), match=entry.sha256):
+            read()
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert not hub.push(adapter, "legal").created
+    assert hub.verify(parse_reference("legal")).files == 2, "pushing the same bytes again mends them"
+
+
+def test_a_manifest_that_was_changed_in_the_catalogue_is_not_believed(hub: LocalHub, adapter: Path) -> None:
+    digest = hub.push(adapter, "legal").digest
+    with sqlite3.connect(hub.home / "catalogue.sqlite") as database:
+        (body,) = database.execute("SELECT body FROM manifests").fetchone()
+        value = json.loads(body)
+        value["config"]["lora_alpha"] = 999
+        database.execute("UPDATE manifests SET body = ?", (json.dumps(value),))
+    with pytest.raises(Corrupt, match="another digest"):
+        hub.manifest(digest)
+    with pytest.raises(Corrupt):
+        hub.verify(parse_reference("legal"))
+
+
+def test_the_same_bytes_against_another_base_are_refused(hub: LocalHub, tmp_path: Path, base: Path) -> None:
+    other = write_base(tmp_path / "other")
+    (other / "tokenizer.json").write_text('{"version": "another"}')
+    folder = write_lora(tmp_path / "a", base)
+    hub.push(folder, "legal", base=base)
+    with pytest.raises(Refused, match="another shape or tokenizer"):
+        hub.push(folder, "legal", base=other)
+    assert len(hub.adapters()) == 1
+
+
+def test_a_file_that_changes_while_it_is_pushed_is_refused(tmp_path: Path, base: Path) -> None:
+    folder = write_lora(tmp_path / "a", base)
+    home = tmp_path / "home"
+    slow = PausingBlobs(DirectoryBlobs(home / "blobs"))
+    hub = LocalHub(home, blobs=slow)
+    caught: list[BaseException] = []
+
+    def push() -> None:
+        try:
+            hub.push(folder, "legal")
+        except Refused as error:
+            caught.append(error)
+
+    worker = threading.Thread(target=push)
+    worker.start()
+    slow.waiting.acquire()
+    save_file({"x": np.full(3, np.nan, np.float32)}, folder / "adapter_model.safetensors")
+    while worker.is_alive():
+        slow.go_on.release()
+        worker.join(timeout=0.05)
+    assert "changed while it was being pushed" in str(caught[0])
+    assert hub.adapters() == []
+
+
+def test_names_and_digests_are_checked_before_anything_is_touched(hub: LocalHub, adapter: Path) -> None:
+    for name in ("../x", "", "A", "a/b/c"):
+        with pytest.raises(BadReference):
+            hub.push(adapter, name)
+    with pytest.raises(BadReference):
+        hub.push(adapter, "legal", aliases=["7"])
+    with pytest.raises(BadReference):
+        hub.manifest("sha256:../../x")
+    digest = hub.push(adapter, "legal").digest
+    with pytest.raises(NotFound, match="has no file"):
+        hub.read(digest, "../catalogue.sqlite")
+
+
+def test_a_home_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HubUnavailable, match="not usable"):
+        LocalHub(tmp_path / "file" / "home")
+
+
+def test_a_hub_is_found_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HUB_URL", raising=False)
+    monkeypatch.setenv("MULTIGRAFT_HOME", str(tmp_path / "named"))
+    assert open_hub().home == tmp_path / "named"
+    assert open_hub(tmp_path / "given").home == tmp_path / "given"
+    monkeypatch.setenv("HUB_URL", "https://hub.example")
+    with pytest.raises(RemoteUnsupported, match=r"https://hub\.example"):
+        open_hub()
+
+
+def test_threads_may_share_a_hub(hub: LocalHub, tmp_path: Path, base: Path) -> None:
+    folders = [write_prompt(tmp_path / str(index), base, tokens=index + 1) for index in range(6)]
+    workers = [threading.Thread(target=hub.push, args=(folder, "legal")) for folder in folders]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    (adapter,) = hub.adapters()
+    assert [version.version for version in adapter.versions] == [1, 2, 3, 4, 5, 6]

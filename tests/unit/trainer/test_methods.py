@@ -1,0 +1,139 @@
+"""What each method can be trained on, and what it says where it cannot."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.base import open_base
+from trainer.errors import BaseUnfit, MethodUnfit
+from trainer.methods import METHODS, Ia3Options, LoraOptions, Plan, PromptOptions
+from trainer.recipe import Recipe, parse_recipe
+from trainer.train import check_method, plan_of
+
+MakeBase = Callable[..., Path]
+
+
+def recipe(method: str, base: Path | str, **fields: Any) -> Recipe:
+    return parse_recipe({"method": method, "base": str(base), "data": "rows.jsonl", "steps": 1, **fields}, "test")
+
+
+def refusal(wanted: Recipe) -> str:
+    base = open_base(wanted.base)
+    with pytest.raises(MethodUnfit) as caught:
+        check_method(wanted, base, plan_of(wanted, base))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_fits_the_shipped_base(method: str) -> None:
+    base = open_base("seedling")
+    plan = plan_of(recipe(method, "seedling"), base)
+    options = METHODS[method].options()
+    assert METHODS[method].problems(options, base.anatomy, plan) == []
+    assert METHODS[method].config(options, base.anatomy).peft_type is not None
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_a_target_that_the_base_lacks_is_named_with_the_nearest(method: str, tiny_base: Path) -> None:
+    says = refusal(recipe(method, tiny_base, options={"targets": ["q_prj", "v_proj"]}))
+    assert f"{method} cannot be trained on {tiny_base} in this way: target q_prj is not in the base" in says
+    assert "(nearest: q_proj); its linear modules: down_proj, gate_proj" in says
+
+
+def test_the_output_head_is_no_target(tiny_base: Path) -> None:
+    assert "lm_head is the output head" in refusal(recipe("lora", tiny_base, options={"targets": ["lm_head"]}))
+
+
+def test_a_target_may_be_the_last_parts_of_a_name(tiny_base: Path) -> None:
+    base = open_base(str(tiny_base))
+    plan = Plan(max_length=16, gradient_checkpointing=False)
+    for target in ("mlp.down_proj", "model.layers.1.self_attn.q_proj"):
+        assert METHODS["lora"].problems(LoraOptions(targets=(target,)), base.anatomy, plan) == []
+
+
+def test_ia3_needs_targets_where_peft_knows_none(make_base: MakeBase) -> None:
+    folder = make_base(model_type="olmo2")
+    assert "no default targets are known for model type olmo2" in refusal(recipe("ia3", folder))
+    base = open_base(str(folder))
+    options = Ia3Options(targets=("k_proj", "v_proj", "down_proj"), feedforward=("down_proj",))
+    assert METHODS["ia3"].problems(options, base.anatomy, Plan(16, False)) == []
+
+
+def test_prefix_and_gradient_checkpointing_exclude_each_other(tiny_base: Path) -> None:
+    assert "gradient_checkpointing and a prefix" in refusal(recipe("prefix", tiny_base, gradient_checkpointing=True))
+
+
+def test_prefix_needs_the_attention_interface(make_base: MakeBase) -> None:
+    folder = make_base(model_type="bloom", n_head=4, n_layer=2)
+    assert "BloomForCausalLM does not attend through transformers' attention interface" in refusal(
+        recipe("prefix", folder)
+    )
+
+
+def test_prefix_needs_heads_that_share_evenly(make_base: MakeBase) -> None:
+    folder = make_base()
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_key_value_heads": 2', '"num_key_value_heads": 3'))
+    assert "4 attention heads do not share 3 key/value heads evenly" in refusal(recipe("prefix", folder))
+
+
+def test_prefix_needs_heads_of_one_shape(make_base: MakeBase) -> None:
+    folder = make_base(
+        model_type="deepseek_v3", kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8,
+        v_head_dim=8, num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2,
+        moe_intermediate_size=16, first_k_dense_replace=1,
+    )  # fmt: skip
+    assert "not alike in shape" in refusal(recipe("prefix", folder))
+
+
+def test_a_prefix_must_fit_the_sliding_window(make_base: MakeBase) -> None:
+    folder = make_base(model_type="mistral", sliding_window=8)
+    says = refusal(recipe("prefix", folder, options={"virtual_tokens": 8}))
+    assert "virtual_tokens 8 fills the base's sliding window of 8" in says
+
+
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+def test_virtual_tokens_and_the_longest_row_share_the_context(method: str, tiny_base: Path) -> None:
+    says = refusal(recipe(method, tiny_base, options={"virtual_tokens": 16}, max_length=120))
+    assert "virtual_tokens 16 and max_length 120 together are above the base's context of 128 tokens" in says
+    says = refusal(recipe(method, tiny_base, options={"virtual_tokens": 128}))
+    assert "virtual_tokens 128 leaves nothing of the base's context of 128 tokens" in says
+
+
+def test_rows_longer_than_the_context_are_refused(tiny_base: Path) -> None:
+    says = refusal(recipe("lora", tiny_base, max_length=129))
+    assert "max_length 129 is above the base's context of 128 tokens" in says
+
+
+def test_the_longest_row_takes_what_the_virtual_tokens_leave(tiny_base: Path) -> None:
+    base = open_base(str(tiny_base))
+    assert plan_of(recipe("lora", tiny_base), base).max_length == 128
+    assert plan_of(recipe("prompt", tiny_base, options={"virtual_tokens": 28}), base).max_length == 100
+
+
+def test_an_init_text_longer_than_the_prompt_is_refused(tiny_base: Path) -> None:
+    says = refusal(recipe("prompt", tiny_base, options={"virtual_tokens": 4, "init": "text", "init_text": "seven c"}))
+    assert "init_text has 7 tokens, more than virtual_tokens 4" in says
+
+
+def test_the_prompt_starts_from_the_embeddings_of_its_text(tiny_base: Path) -> None:
+    from peft import get_peft_model
+
+    base = open_base(str(tiny_base))
+    options = PromptOptions(virtual_tokens=5, init="text", init_text="ab")
+    import torch
+
+    model = get_peft_model(base.load_weights(torch.device("cpu")), METHODS["prompt"].config(options, base.anatomy))
+    a, b = base.tokenizer.encode("ab")
+    assert torch.equal(
+        model.prompt_encoder["default"].embedding.weight.data,
+        model.get_base_model().get_input_embeddings().weight[[a, b, a, b, a]],
+    )
+
+
+def test_a_folder_that_holds_no_language_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(BaseUnfit, match="no causal language model"):
+        open_base(str(tmp_path))

@@ -1,0 +1,258 @@
+"""A training run, whole: what it makes, that it makes the same again, and that nothing is lost when it is stopped."""
+
+import json
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from trainer.base import open_base
+from trainer.data import load_dataset
+from trainer.errors import Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged
+from trainer.evaluate import evaluate
+from trainer.export import golden_prompts, load_adapter
+from trainer.methods import METHODS
+from trainer.progress import SILENT, Step
+from trainer.recipe import Recipe, parse_recipe, read_fields
+from trainer.train import Workshop, adapted, plan_of, prepare, train, work_folder
+
+EXACT_LOGITS = 0.0  # the same torch operations on the same machine
+SAME_SUMS = 1e-5  # fp32 sums in another order
+STEPS = 12
+GPT2 = {
+    "model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "num_key_value_heads": 4,
+    "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0,
+}  # fmt: skip
+# Options beyond the defaults, so that what is random while training is random in every method that can be.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2, "dropout": 0.3},
+    "ia3": {},
+    "prefix": {"virtual_tokens": 3, "projection": True},
+    "prompt": {"virtual_tokens": 3},
+    "p-tuning": {"virtual_tokens": 3, "encoder": "lstm", "encoder_dropout": 0.3},
+}
+
+
+def recipe(method: str, base: Path, data: Path | str, **fields: Any) -> Recipe:
+    least = {"method": method, "base": str(base), "data": str(data), "options": OPTIONS[method], "batch_size": 8}
+    return parse_recipe({**least, "steps": STEPS, **fields}, "test")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+class StopAt:
+    """A reporter that asks the run to stop once a step is told."""
+
+    def __init__(self, step: int) -> None:
+        self.event, self.steps, self._at = Event(), list[Step](), step
+
+    def note(self, text: str) -> None:
+        pass
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+        if step.number == self._at:
+            self.event.set()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_stopped_and_resumed_makes_the_same_bytes(
+    method: str, tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    """Seven and a half epochs and dropout: the order of rows and every generator must be taken up where they were."""
+    wanted = recipe(method, tiny_base, chats, warmup_steps=4, schedule="cosine", batch_size=25)
+    train(wanted, tmp_path / "whole")
+    stopped = StopAt(6)
+    with pytest.raises(Interrupted, match=r"stopped at step 7 of 12; the same command with --resume"):
+        train(wanted, tmp_path / "resumed", report=stopped, stop=stopped.event)
+    assert not (tmp_path / "resumed").exists()
+    result = train(wanted, tmp_path / "resumed", workshop=Workshop(existing="resume"))
+    assert result.resumed_at == 7
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+    assert not work_folder(tmp_path / "resumed").exists()
+
+
+def test_when_checkpoints_are_saved_changes_nothing(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    wanted = recipe("lora", tiny_base, chats)
+    train(wanted, tmp_path / "seldom")
+    train(wanted, tmp_path / "often", workshop=Workshop(checkpoint_steps=1))
+    assert contents(tmp_path / "often") == contents(tmp_path / "seldom")
+
+
+def test_another_seed_makes_other_weights(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(recipe("lora", tiny_base, chats, seed=seed), tmp_path / str(seed))
+    one, other = (contents(tmp_path / name)["adapter_model.safetensors"] for name in ("0", "1"))
+    assert one != other
+
+
+def test_resuming_before_the_first_checkpoint_starts_at_the_beginning(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    result = train(recipe("ia3", tiny_base, chats), tmp_path / "out", workshop=Workshop(existing="resume"))
+    assert (result.resumed_at, result.steps) == (0, STEPS)
+
+
+def test_a_run_is_not_resumed_by_another_recipe(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    stopped = StopAt(3)
+    with pytest.raises(Interrupted):
+        train(recipe("lora", tiny_base, chats), tmp_path / "out", report=stopped, stop=stopped.event)
+    other = recipe("lora", tiny_base, chats, learning_rate=0.5)
+    with pytest.raises(RecipeChanged, match=r"learning_rate was 0.001 and is 0.5"):
+        train(other, tmp_path / "out", workshop=Workshop(existing="resume"))
+    with pytest.raises(OutputExists, match="--resume goes on with it, --overwrite starts again"):
+        train(other, tmp_path / "out")
+    assert train(other, tmp_path / "out", workshop=Workshop(existing="overwrite")).resumed_at == 0
+
+
+def test_a_folder_that_is_there_is_replaced_only_when_asked(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    wanted = recipe("ia3", tiny_base, chats)
+    for careful in (Workshop(existing="refuse"), Workshop(existing="resume")):
+        with pytest.raises(OutputExists, match="--overwrite replaces it"):
+            train(wanted, out, workshop=careful)
+    assert (out / "mine.txt").read_text() == "keep"
+    train(wanted, out, workshop=Workshop(existing="overwrite"))
+    assert "mine.txt" not in contents(out)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_exported_is_what_peft_loads_and_the_golden_rows_say(
+    method: str, tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = train(recipe(method, tiny_base, chats), out)
+    assert sorted(contents(out)) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "golden.json", "golden.safetensors", "metrics.json", "recipe.json",
+    ]  # fmt: skip
+    base = open_base(str(tiny_base))
+    model = load_adapter(out, base, torch.device("cpu"))
+    golden = json.loads((out / "golden.json").read_text())["rows"]
+    with safe_open(out / "golden.safetensors", framework="pt") as tensors:
+        for i, row in enumerate(golden):
+            ids = tensors.get_tensor(f"{i}.input_ids")
+            assert (ids.dtype, len(ids)) == (torch.int64, row["tokens"])
+            assert base.tokenizer.decode(ids) == row["prompt"]
+            with torch.inference_mode():
+                logits = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[0, -1]
+            assert (logits - tensors.get_tensor(f"{i}.logits")).abs().max().item() <= EXACT_LOGITS
+    assert len(golden) == 4
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert {name: metrics[name] for name in result.metrics} == dict(result.metrics)
+    assert metrics["eval_rows"] == 4
+    assert metrics["eval_loss"] != metrics["base_eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        *((method, {"model_type": "llama"}) for method in METHODS),
+        ("prompt", {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}),  # caps its logits
+        ("lora", {"model_type": "phi", "num_key_value_heads": 4}),  # its head has a bias
+        ("lora", GPT2),  # its linear modules are Conv1D
+        ("prefix", {"model_type": "qwen3", "head_dim": 16}),  # its heads are wider than hidden_size / heads
+    ],
+)
+def test_the_loss_that_is_trained_is_the_loss_that_is_measured(
+    method: str, sizes: dict[str, Any], make_base: Any, chats: Path, tmp_path: Path
+) -> None:
+    """Oracle: TRL's head, which computes learnt positions only, against cross-entropy over all logits."""
+    wanted = recipe(method, make_base(**sizes), chats, options={}, steps=1, batch_size=36)
+    base = open_base(wanted.base)
+    lesson = prepare(wanted, load_dataset(wanted), base, plan_of(wanted, base), SILENT)
+    model = adapted(wanted, base, torch.device("cpu"))
+    measured = evaluate(model, lesson.train, pad=base.pad, vocabulary=261).loss
+    watch = StopAt(-1)
+    train(wanted, tmp_path / "out", report=watch)
+    assert watch.steps[0].loss == pytest.approx(measured, rel=SAME_SUMS)
+
+
+def test_training_teaches_unseen_rows(tmp_path: Path) -> None:
+    wanted = recipe("lora", Path("seedling"), "task:pirate:200", steps=15, eval_rows=32, learning_rate=5e-3)
+    metrics = train(wanted, tmp_path / "out").metrics
+    assert metrics["eval_loss"] < 0.7 * metrics["base_eval_loss"]
+
+
+def test_an_exported_recipe_trains_the_same_adapter_again(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    train(recipe("prompt", tiny_base, chats, steps=None, epochs=2), tmp_path / "one")
+    again = parse_recipe(read_fields(tmp_path / "one" / "recipe.json"), "test")
+    train(again, tmp_path / "two")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_epochs_become_steps(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    result = train(recipe("ia3", tiny_base, chats, steps=None, epochs=1.5, batch_size=8), tmp_path / "out")
+    assert result.steps == 7  # 36 rows left to train on, in steps of 8
+    assert result.recipe["epochs"] is None
+    assert result.recipe["steps"] == 7
+
+
+def test_accumulated_batches_train_like_one_large_batch(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    for name, batch, times in (("large", 8, 1), ("split", 2, 4)):
+        train(recipe("prefix", tiny_base, chats, batch_size=batch, gradient_accumulation=times), tmp_path / name)
+    large, split = (tensors(tmp_path / name / "adapter_model.safetensors") for name in ("large", "split"))
+    for name, value in large.items():
+        assert torch.allclose(value, split[name], atol=1e-4)  # the same sums in another order, through Adam
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
+def test_the_progress_tells_every_step_once_with_a_finite_loss(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    watch = StopAt(-1)
+    train(recipe("lora", tiny_base, chats), tmp_path / "out", report=watch)
+    assert [step.number for step in watch.steps] == list(range(1, STEPS + 1))
+    assert all(step.loss is not None and 0 < step.loss < 100 and step.tokens_per_s > 0 for step in watch.steps)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"the loss is \w+ at step \d+: a learning rate below 1e\+30 may hold"):
+        train(recipe("lora", tiny_base, chats, learning_rate=1e30), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_does_not_fit_says_so_before_a_weight_is_read(
+    make_base: Any, chats: Path, tmp_path: Path
+) -> None:
+    base = make_base()
+    (base / "model.safetensors").unlink()
+    with pytest.raises(MethodUnfit):
+        train(recipe("prefix", base, chats, gradient_checkpointing=True), tmp_path / "out")
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_no_list_in_the_config_is_in_the_order_of_a_set(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    train(recipe("ia3", tiny_base, chats), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == str(tiny_base)
+
+
+def test_an_adapter_of_an_embedded_base_names_no_path_of_this_machine(tmp_path: Path) -> None:
+    options = {"virtual_tokens": 8, "init": "text", "init_text": "say"}
+    train(recipe("prompt", Path("seedling"), "task:echo:40", options=options, steps=1, eval_rows=4), tmp_path / "out")
+    said = b"".join(content for name, content in contents(tmp_path / "out").items() if not name.endswith("tensors"))
+    assert str(open_base("seedling").folder).encode() not in said
+    assert b'"tokenizer_name_or_path": "seedling"' in said
+
+
+def test_golden_prompts_are_distinct_and_short_where_they_can_be() -> None:
+    from trainer.encode import IGNORED, Encoded
+
+    def row(length: int, token: int) -> Encoded:
+        return Encoded((*[token] * length, 1), (*[IGNORED] * length, 1))
+
+    assert golden_prompts([row(2, 5), row(2, 5), row(600, 6)]) == [(5, 5)]
+    assert golden_prompts([row(700, 5), row(600, 6)]) == [(6,) * 600]
+    assert len(golden_prompts([row(3, token) for token in range(20)])) == 4
