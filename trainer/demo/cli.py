@@ -14,11 +14,12 @@ def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The server's port; 0 takes a free one.")] = 0,
 ) -> None:
     """Train, push, serve, swap, compare and fuse on the embedded base: minutes, no network, no GPU."""
+    from clients.errors import ClientError
     from trainer.demo.command import run_demo
     from trainer.errors import TrainError
 
     try:
         run_demo(keep=keep, port=port)
-    except TrainError as error:
+    except (TrainError, ClientError) as error:
         typer.echo(f"hub demo: {error}", err=True)
         raise typer.Exit(1) from None

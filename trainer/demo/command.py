@@ -19,11 +19,11 @@ from typing import Final
 from rich.console import Console
 from rich.live import Live
 
+from clients.local import serving
 from hub.contract import Hub
 from hub.registry import open_hub
 from trainer.demo.asking import Answer, Client, asked, exact_match
 from trainer.demo.lessons import BASE, Lesson, Version, first_try, learn, peft_answers, shipped_lessons
-from trainer.demo.server import serving
 from trainer.demo.showing import LessonBar, Line, results_table, served_by, show_next_steps, streams_table
 from trainer.errors import DemoFailed
 from trainer.quiet import quiet_libraries
