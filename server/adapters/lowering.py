@@ -40,7 +40,12 @@ class Target:
     max_virtual: int
 
     def place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
+        placed = tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        if not placed.isfinite().all():
+            largest = tensor.abs().max().item()
+            raise AdapterIncompatible(f"a value of {largest:.2g} is no finite number in {self.dtype}")
+        return placed
 
 
 @dataclass(frozen=True, slots=True)

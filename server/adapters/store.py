@@ -193,9 +193,9 @@ class AdapterStore:
             await asyncio.sleep(self._config.poll_s)
             try:
                 events = await asyncio.to_thread(self._source.events, seen)
-                for event in events:
-                    await self._follow(event.name)
-                    seen = event.seq
+                for name in dict.fromkeys(event.name for event in events):
+                    await self._follow(name)
+                seen = max([seen, *(event.seq for event in events)])
             except ServerError as error:
                 log.warning("the hub could not be read, asking again: %s", error.message)
 
@@ -274,6 +274,8 @@ class AdapterStore:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = await self._workshop.compile(lowered.soft_prompt_VE)
+            if not prefix.finite:
+                raise AdapterIncompatible(f"{resolution.label}: its soft prompt overflows in the base", param="model")
         graft = Graft(resolution.digest, resolution.label, lowered.sites, prefix)
         if self._config.check_golden:
             await self._replay(artifact, graft)
@@ -327,6 +329,8 @@ class AdapterStore:
                 continue
             if resolution.digest == pointer.serving.digest:
                 self._pointers[key] = Pointer(resolution)
+                continue
+            if resolution.digest in self._failed:
                 continue
             self._pointers[key] = moved = Pointer(pointer.serving, resolution)
             if pointer.serving.digest in self._resident:

@@ -35,3 +35,7 @@ class Prefix:
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in (*self.keys, *self.values))

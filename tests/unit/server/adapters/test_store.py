@@ -1,0 +1,268 @@
+"""The adapter store over a real hub and a real engine: who is loaded, held, refused, and what an alias serves."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from hub.registry import LocalHub
+from server.errors import (
+    AdapterIncompatible,
+    AdapterUnavailable,
+    InvalidValue,
+    MixtureRefused,
+    ModelNotFound,
+    ServerError,
+    Unavailable,
+)
+from tests.unit.server.conftest import make_adapter, make_base, set_tensor
+
+PROMPT = [5, 9, 2, 7, 7, 3]
+
+
+async def refused(server: Any, *terms: tuple[str, float]) -> ServerError:
+    with pytest.raises(ServerError) as caught:
+        await server.store.acquire(terms)
+    assert all(status.leases == 0 for status in server.store.resident()), "a refused mixture keeps a lease"
+    return caught.value
+
+
+def loads(server: Any) -> int:
+    value = server.metrics.registry.get_sample_value("multigraft_adapter_load_seconds_count", {"tier": "hub"})
+    return int(value or 0)
+
+
+def test_a_hundred_requests_for_an_absent_adapter_load_it_once(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
+) -> None:
+    hub.push(adapter("lora", 1), "bot")
+
+    async def work() -> None:
+        async with rig() as server:
+            leases = await asyncio.gather(*(server.store.acquire([("bot", 1.0)]) for _ in range(100)))
+            assert loads(server) == 1
+            assert server.store.resident()[0].leases == 100
+            for lease in leases:
+                lease.release()
+                lease.release()
+            assert server.store.resident()[0].leases == 0
+
+    run(work())
+
+
+def test_the_same_adapter_twice_is_one_with_the_sum_of_the_weights(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
+) -> None:
+    hub.push(adapter("lora", 1), "bot")
+
+    async def work() -> None:
+        async with rig() as server:
+            twice, _ = await server.ask(PROMPT, ("bot", 0.3), ("bot", 0.2), ("bot@1", 0.5))
+            once, _ = await server.ask(PROMPT, ("bot", 1.0))
+            zero, _ = await server.ask(PROMPT, ("bot", 1.0), ("bot@1", -1.0))
+            bare, _ = await server.ask(PROMPT)
+            assert twice == once != bare
+            assert zero == bare
+
+    run(work())
+
+
+def test_mixtures_without_an_exact_sum_are_refused_by_name(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
+) -> None:
+    for kind in ("lora", "ia3", "ia3-in", "prefix", "prompt"):
+        hub.push(adapter(kind, 1), kind)
+
+    async def work() -> None:
+        async with rig(max_terms=3, max_weight=10) as server:
+            both = await refused(server, ("prefix", 1.0), ("prompt", 1.0))
+            assert "prefix@1 and prompt@1" in both.message
+            half = await refused(server, ("prefix", 0.5))
+            assert "weight 0.5 on prefix@1" in half.message
+            cross = await refused(server, ("ia3-in", 1.0), ("ia3", 1.0))
+            assert isinstance(cross, MixtureRefused)
+            assert "v_proj" in cross.message
+            many = await refused(server, *((f"x{n}", 1.0) for n in range(4)))
+            assert "4 adapters is above the limit of 3" in many.message
+            for weight in (11.0, float("nan"), float("inf")):
+                assert isinstance(await refused(server, ("lora", weight)), InvalidValue)
+            left_out, _ = await server.ask(PROMPT, ("prefix", 0.0), ("prompt", 0.0))
+            assert left_out == (await server.ask(PROMPT))[0]
+
+    run(work())
+
+
+def test_a_wrong_base_is_named_with_the_field_and_both_values(
+    rig: Any, run: Any, hub: LocalHub, tmp_path: Path
+) -> None:
+    other = make_base(tmp_path / "other", hidden=64)
+    hub.push(make_adapter(other, "lora", tmp_path / "adapter", seed=1), "bot")
+
+    async def work() -> None:
+        async with rig() as server:
+            error = await refused(server, ("bot", 1.0))
+            assert isinstance(error, AdapterIncompatible)
+            assert "hidden_size 64" in error.message
+            assert "hidden_size 32" in error.message
+            assert [line.id for line in await server.store.servable()] == []
+
+    run(work())
+
+
+def test_a_rank_above_the_maximum_is_refused_with_both(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
+) -> None:
+    hub.push(adapter("lora-16", 1), "wide")
+
+    async def work() -> None:
+        async with rig(max_rank=8) as server:
+            error = await refused(server, ("wide", 1.0))
+            assert isinstance(error, AdapterIncompatible)
+            assert re.search(r"wide@1: rank 16 of .*q_proj is above max_rank 8", error.message)
+            assert server.store.resident()[0].tier == "failed"
+
+    run(work())
+
+
+def test_what_is_unknown_or_no_reference_is_said_so(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
+) -> None:
+    hub.push(adapter("lora", 1), "support-bot")
+
+    async def work() -> None:
+        async with rig() as server:
+            unknown = await refused(server, ("suport-bot", 1.0))
+            assert isinstance(unknown, ModelNotFound)
+            assert "support-bot" in unknown.message
+            assert isinstance(await refused(server, ("support-bot@7", 1.0)), ModelNotFound)
+            for text in ("../etc/passwd", "/tmp/x", "a b", "", "support-bot@"):
+                assert isinstance(await refused(server, (text, 1.0)), InvalidValue)
+
+    run(work())
+
+
+def test_corrupt_bytes_are_never_served_and_mended_bytes_are(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    hub.push(adapter("lora", 1), "bot")
+    stored = [path for path in (tmp_path / "home").rglob("*") if path.is_file() and path.stat().st_size > 4000]
+    weights = (adapter("lora", 1) / "adapter_model.safetensors").read_bytes()
+    blob = next(path for path in stored if path.read_bytes() == weights)
+
+    async def work() -> None:
+        async with rig() as server:
+            blob.chmod(0o600)
+            blob.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+            error = await refused(server, ("bot", 1.0))
+            assert isinstance(error, AdapterUnavailable)
+            assert "corrupt" in error.message
+            assert str(tmp_path) not in error.message
+            blob.write_bytes(weights)
+            assert (await server.ask(PROMPT, ("bot", 1.0)))[0]
+
+    run(work())
+
+
+def test_a_full_cache_waits_for_a_lease_to_end(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in (1, 2):
+        hub.push(adapter("lora", seed), f"bot-{seed}")
+
+    async def work() -> None:
+        async with rig() as server:
+            size = (await server.store.warm("bot-1")).bytes
+        async with rig(cache_bytes=size) as server:
+            first = await server.store.acquire([("bot-1", 1.0)])
+            second = asyncio.create_task(server.store.acquire([("bot-2", 1.0)]))
+            await asyncio.sleep(0.2)
+            assert not second.done()
+            first.release()
+            (await second).release()
+            assert [status.name for status in server.store.resident()] == ["bot-2"]
+            held = await server.store.acquire([("bot-2", 1.0)])
+            monkeypatch.setattr("server.adapters.store.ROOM_TIMEOUT_S", 0.05)
+            with pytest.raises(Unavailable, match=f"cache of {size} bytes is in use"):
+                await server.store.acquire([("bot-1", 1.0)])
+            held.release()
+        async with rig(cache_bytes=size - 1) as server:
+            too_big = await refused(server, ("bot-1", 1.0))
+            assert f"takes {size} bytes, the adapter cache holds {size - 1}" in too_big.message
+
+    run(work())
+
+
+def test_an_alias_serves_the_old_version_until_the_new_one_has_proved_itself(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], base: Path, tmp_path: Path
+) -> None:
+    def golden(folder: Path, *, spoil: float) -> Path:
+        ids = torch.tensor([4, 7, 1, 30])
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+        with torch.inference_mode():
+            logits = model(ids[None]).logits[0, -1]
+        logits = logits + spoil * logits.std() * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+        safetensors.torch.save_file({"0.input_ids": ids, "0.logits": logits}, folder / "golden.safetensors")
+        (folder / "golden.json").write_text('{"schema_version": 1, "rows": [{"prompt": "?", "tokens": 4}]}')
+        return folder
+
+    def copy(seed: int, spoil: float) -> Path:
+        return golden(set_tensor(adapter("lora", seed), tmp_path / f"{seed}", lambda tensors: None), spoil=spoil)
+
+    async def version(server: Any) -> int:
+        lease = await server.store.acquire([("bot", 1.0)])
+        lease.release()
+        return int(lease.mixture.terms[0].version)
+
+    async def work() -> None:
+        hub.push(copy(1, 0.0), "bot")
+        async with rig(watch=True) as server:
+            assert await version(server) == 1
+            running = await server.submit(PROMPT, ("bot", 1.0), new=60)
+            hub.push(copy(2, 0.1), "bot")
+            while not any(status.tier == "failed" for status in server.store.resident()):
+                await asyncio.sleep(0.01)
+            assert await version(server) == 1
+            failed = next(status for status in server.store.resident() if status.tier == "failed")
+            assert re.search(r"golden row 0 is off by 0\.\d+, the limit is 0\.01", failed.error or "")
+            hub.push(copy(3, 0.0), "bot")
+            while await version(server) != 3:
+                await asyncio.sleep(0.01)
+            hub.rollback("bot", "latest")  # to version 2, which is known to fail
+            await asyncio.sleep(0.2)
+            assert await version(server) == 3
+            hub.move_alias("bot", 1, "latest")
+            while await version(server) != 1:
+                await asyncio.sleep(0.01)
+            running.cancel()
+
+    run(work())
+
+
+def test_names_given_by_hand_are_served_until_they_are_taken_away(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
+) -> None:
+    hub.push(adapter("lora", 1), "team/bot")
+
+    async def work() -> None:
+        async with rig() as server:
+            status = await server.store.load("my-bot", "team/bot@1")
+            assert "my-bot" in status.references
+            assert (await server.ask(PROMPT, ("my-bot", 1.0)))[0] == (await server.ask(PROMPT, ("team/bot", 1.0)))[0]
+            assert {line.id for line in await server.store.servable()} == {"team/bot", "my-bot"}
+            await server.store.unload("my-bot")
+            assert isinstance(await refused(server, ("my-bot", 1.0)), ModelNotFound)
+            with pytest.raises(InvalidValue, match="bare name"):
+                await server.store.load("my-bot@2", "team/bot")
+            with pytest.raises(InvalidValue):
+                await server.store.load("my-bot", "../../etc")
+
+    run(work())
