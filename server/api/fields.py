@@ -91,4 +91,4 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 
 def is_neutral(name: str, value: object) -> bool:
     """Whether `value` asks for nothing that we do not do. True is not 1: types count."""
-    return value is None or any(value == same for same in UNSUPPORTED[name])
+    return value is None or any(type(value) is type(same) and value == same for same in UNSUPPORTED[name])

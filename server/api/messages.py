@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from server.api.prompts import refuse_hopeless
 from server.api.requests import ChatBody, Message, TokenizeBody
 from server.api.service import Service
-from server.errors import InvalidValue, UnsupportedParameter
+from server.errors import InvalidValue, PromptTooLong, UnsupportedParameter
 
 # OpenAI's newer name for the same place in the conversation; templates know the older one.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -18,9 +18,12 @@ async def encode_messages(
     service: Service, messages: Sequence[Message], body: ChatBody | TokenizeBody
 ) -> tuple[int, ...]:
     """Raises: UnsupportedParameter, InvalidValue, PromptTooLong."""
+    limit = service.engine.max_model_len
+    if len(messages) > limit:  # each takes a token at the least
+        raise PromptTooLong(f"{len(messages)} messages are above the context of {limit} tokens", param="messages")
     plain = plain_messages(messages)
     size_bytes = sum(len(text.encode()) for message in plain for text in message.values())
-    refuse_hopeless(size_bytes, service.tokenizer, max_model_len=service.engine.max_model_len, param="messages")
+    refuse_hopeless(size_bytes, service.tokenizer, max_model_len=limit, param="messages")
     continued = bool(body.continue_final_message)
     if continued and body.add_generation_prompt:
         raise InvalidValue(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -54,6 +55,7 @@ def generation_docs(body: type[BaseModel]) -> dict[str, Any]:
     return docs
 
 
+@cache
 def _request(body: type[BaseModel]) -> dict[str, Any]:
     # Subschemas are written out in place: references would point into a document that is not this one.
     schema = body.model_json_schema()

@@ -11,7 +11,7 @@ from server.api.choose import Terms, choose, is_ambiguous
 from server.api.generation import Order
 from server.api.messages import encode_messages
 from server.api.prompts import EncodedPrompt, encode_prompt, read_prompts
-from server.api.requests import ChatBody, CompletionBody, GenerationBody
+from server.api.requests import MAX_SEQUENCES, ChatBody, CompletionBody, GenerationBody
 from server.api.sampling import read_sampling, read_stops, read_token_ids
 from server.api.service import Service
 from server.api.shapes import ChatShape, CompletionShape, Wanted
@@ -85,7 +85,7 @@ async def _order(
         terms=await read_choice(service, body),
         prompts=prompts,
         sampling=read_sampling(body, seed=_seed(body), vocabulary_size=size),
-        n=_choices(service, body),
+        n=_choices(service, body, prompts=len(prompts)),
         max_tokens=max_tokens,
         stops=read_stops(body.stop),
         stop_token_ids=frozenset(
@@ -133,10 +133,15 @@ def _wanted(service: Service, body: GenerationBody, order: Order) -> Wanted:
     )
 
 
-def _choices(service: Service, body: GenerationBody) -> int:
+def _choices(service: Service, body: GenerationBody, *, prompts: int) -> int:
     count = body.n or 1
     if count > service.config.max_choices:
         raise InvalidValue(f"n is {count}, above the maximum of {service.config.max_choices}", param="n")
+    if prompts * count > MAX_SEQUENCES:
+        raise InvalidValue(
+            f"{prompts} prompts with n={count} are {prompts * count} texts, above the maximum of {MAX_SEQUENCES}",
+            param="n",
+        )
     return count
 
 

@@ -1,6 +1,6 @@
 """Laws of the grammar: what is printed is read back, and no text at all does anything but parse or be refused."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hub.errors import BadReference
@@ -19,22 +19,26 @@ weights = st.floats(allow_nan=False, allow_infinity=False)
 mixtures = st.lists(st.builds(Term, references, weights), min_size=1, max_size=6).map(tuple)
 
 
+@settings(deadline=None)
 @given(references)
 def test_a_reference_is_read_back_as_it_was_printed(reference: Reference) -> None:
     assert parse_reference(str(reference)) == reference
 
 
+@settings(deadline=None)
 @given(references)
 def test_a_selector_is_exactly_one_of_its_three_sorts(reference: Reference) -> None:
     sorts = [reference.version, reference.alias, reference.digest]
     assert sum(sort is not None for sort in sorts) == (reference.selector is not None)
 
 
+@settings(deadline=None)
 @given(mixtures)
 def test_a_mixture_is_read_back_as_it_was_printed(mixture: tuple[Term, ...]) -> None:
     assert parse_mixture(format_mixture(mixture)) == mixture
 
 
+@settings(deadline=None)
 @given(st.text() | st.text(alphabet="ab/@:.*+-019 sh\n", max_size=30))
 def test_any_text_is_a_mixture_that_prints_the_same_or_is_refused(text: str) -> None:
     try:
@@ -46,6 +50,7 @@ def test_any_text_is_a_mixture_that_prints_the_same_or_is_refused(text: str) -> 
         assert len(mixture) <= MAX_TERMS
 
 
+@settings(deadline=None)
 @given(references)
 def test_no_reference_can_leave_a_folder(reference: Reference) -> None:
     parts = reference.name.split("/")

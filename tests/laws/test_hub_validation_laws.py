@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -35,6 +35,8 @@ entries = st.fixed_dictionaries(
     }
 )
 headers = st.dictionaries(names, entries | st.just({"format": "pt"}) | st.none(), max_size=3)
+# Float32 values whose exponent is all ones, or all but one.
+near_infinity = st.tuples(st.binary(min_size=2, max_size=2), st.sampled_from([b"\x7f\x7f", b"\x80\xff", b"\x80\x7f"]))
 patterns = st.text(alphabet="ab.*+?()[]{}|\\d^$,1:=!<P>", max_size=14)
 
 
@@ -66,6 +68,7 @@ def accepts(data: bytes) -> bool:
     return True
 
 
+@settings(deadline=None)
 @given(headers | tiling_headers() | st.binary(max_size=40), st.integers(0, 60))
 def test_what_we_accept_the_safetensors_library_accepts(header: Any, payload: int) -> None:
     declared = header if isinstance(header, bytes) else {**header}
@@ -79,11 +82,40 @@ def test_what_we_accept_the_safetensors_library_accepts(header: Any, payload: in
         safetensors.deserialize(data)
 
 
+@settings(deadline=None)
 @given(tiling_headers())
 def test_a_header_that_tiles_its_payload_is_accepted(header: dict[str, Any]) -> None:
     payload = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     header.pop("__metadata__", None)
     assert accepts(raw_safetensors(header, bytes(payload)))
+
+
+@settings(deadline=None)
+@given(tiling_headers(), st.data())
+def test_a_header_whose_tensors_do_not_tile_the_payload_is_refused(header: dict[str, Any], data: st.DataObject) -> None:
+    header.pop("__metadata__", None)
+    assume(header)
+    payload = max(entry["data_offsets"][1] for entry in header.values())
+    moved = header[data.draw(st.sampled_from(sorted(header)))]
+    moved["data_offsets"] = [offset + data.draw(st.integers(1, 9)) for offset in moved["data_offsets"]]
+    assert not accepts(raw_safetensors(header, bytes(payload)))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.binary(min_size=4, max_size=4) | near_infinity.map(b"".join), st.integers(0, 200))
+def test_one_value_of_any_bits_is_accepted_exactly_when_it_is_finite(good: Path, bits: bytes, place: int) -> None:
+    original = (good / WEIGHTS_FILE).read_bytes()
+    end = len(original) - 4 * place
+    with TemporaryDirectory() as scratch:
+        folder = Path(shutil.copytree(good, Path(scratch) / "adapter"))
+        (folder / WEIGHTS_FILE).write_bytes(original[: end - 4] + bits + original[end:])
+        try:
+            validate(folder)
+        except Refused as refusal:
+            assert "NaN or infinite" in str(refusal)
+            assert not np.isfinite(np.frombuffer(bits, "<f4")).all()
+        else:
+            assert np.isfinite(np.frombuffer(bits, "<f4")).all()
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

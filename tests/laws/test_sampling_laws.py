@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,11 +101,13 @@ def test_scores_are_log_probabilities_with_the_best_first() -> None:
     first, second = score(logits, [4, 0], 3)
     expected = logits.log_softmax(-1)
     assert first.logprob == pytest.approx(expected[0, 4].item())
-    assert second.top[0] == (int(logits[1].argmax()), pytest.approx(expected[1].max().item()))
+    best, value = second.top[0]
+    assert best == int(logits[1].argmax())
+    assert value == pytest.approx(expected[1].max().item())
     assert [value for _, value in second.top] == sorted((value for _, value in second.top), reverse=True)
 
 
-def _fields(sampling: Sampling) -> dict[str, object]:
+def _fields(sampling: Sampling) -> dict[str, Any]:
     return {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__}
 
 
@@ -114,7 +117,8 @@ def _reference(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     probs = exps / exps.sum()
     order = sorted(range(VOCABULARY), key=lambda token: -probs[token])[: sampling.top_k or VOCABULARY]
     mass = sum(probs[token] for token in order)
-    kept, before = [], 0.0
+    kept: list[int] = []
+    before = 0.0
     for token in order:
         if before < sampling.top_p or not kept:
             kept.append(token)

@@ -84,7 +84,7 @@ def test_listing_loads_nothing_heavy(tmp_path: Path) -> None:
     script = (
         "import sys; from hub.registry import LocalHub; from pathlib import Path; import hub.cli;"
         "LocalHub(Path(sys.argv[1])).adapters();"
-        "print([name for name in ('torch', 'numpy', 'alembic', 'huggingface_hub', 'server', 'trainer')"
+        "print([name for name in ('torch', 'numpy', 'pydantic', 'alembic', 'huggingface_hub', 'server', 'trainer')"
         " if name in sys.modules])"
     )
     LocalHub(tmp_path)

@@ -33,7 +33,7 @@ PUSHES = 8
 JOIN_TIMEOUT_S = 60.0
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.system.test_hub_crash"])
+processes.set_forkserver_preload(["tests.system.test_hub_crash", "hub.validate"])
 
 
 class DyingBlobs:
@@ -195,6 +195,14 @@ def referenced(hub: LocalHub, live: set[int]) -> set[str]:
     return {entry.sha256 for digest in digests for entry in hub.manifest(digest).files}
 
 
+def wait_for(path: Path, *, lines: int) -> None:
+    """Until so much was confirmed; the first line says only that the worker is there."""
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    while len(confirmations(path)) < lines:
+        assert time.monotonic() < deadline, "the worker did not come so far"
+        time.sleep(0.002)
+
+
 def confirmations(path: Path) -> list[Any]:
     """What was written down; a line that the kill cut short was not."""
     text = path.read_text() if path.exists() else ""
@@ -208,12 +216,9 @@ def test_kills_at_random_instants_lose_nothing_that_was_confirmed(tmp_path: Path
     for number in range(ROUNDS):
         notes = [tmp_path / f"{number}.{worker}" for worker in range(2)]
         workers = [start(work, home, folders, path, choose.randrange(10**6)) for path in notes]
-        deadline = time.monotonic() + JOIN_TIMEOUT_S
-        while not all(confirmations(path) for path in notes):
-            assert time.monotonic() < deadline, "the workers did not start"
-            time.sleep(0.005)
-        for worker in workers:
-            time.sleep(choose.uniform(0.05, 0.25))
+        for worker, path in zip(workers, notes, strict=True):
+            wait_for(path, lines=choose.randint(1, 3))
+            time.sleep(choose.uniform(0, 0.1))
             os.kill(worker.pid or 0, signal.SIGKILL)
         assert all(killed(worker) for worker in workers), "a worker failed before it was killed"
         events = {

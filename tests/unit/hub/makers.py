@@ -69,7 +69,9 @@ def write_base(folder: Path, **changes: Any) -> Path:
 
 def base_tensors() -> dict[str, Array]:
     """Every weight of the llama above, all zeros."""
-    tensors = {name: np.zeros((VOCAB, HIDDEN), np.float32) for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    tensors: dict[str, Array] = {
+        name: np.zeros((VOCAB, HIDDEN), np.float32) for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
     tensors["model.norm.weight"] = np.zeros(HIDDEN, np.float32)
     for layer in range(LAYERS):
         tensors[f"model.layers.{layer}.input_layernorm.weight"] = np.zeros(HIDDEN, np.float32)
@@ -79,8 +81,8 @@ def base_tensors() -> dict[str, Array]:
 
 
 def lora_config(base: Path, **changes: Any) -> dict[str, Any]:
-    """As PEFT writes it, shortened."""
-    config = {
+    """As PEFT writes it, shortened; a value of ... leaves its key out."""
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "auto_mapping": None,

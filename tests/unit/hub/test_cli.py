@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from hub import cli
@@ -87,7 +85,7 @@ def test_show_tells_everything_of_one_version(pushed: tuple[Run, list[str]]) -> 
 
 
 def test_log_and_diff_are_read_by_people_and_programs(pushed: tuple[Run, list[str]]) -> None:
-    run, digests = pushed
+    run, _ = pushed
     run("alias", "team/legal@2", "prod", "--note", "better")
     run("rollback", "team/legal", "prod")
     log = run("log", "team/legal", "--json").json
@@ -149,8 +147,12 @@ def test_bases_are_listed_and_found(run: Run, base: Path) -> None:
 
 
 def test_the_doctor_speaks_of_this_machine(run: Run, tmp_path: Path) -> None:
+    assert "made at first use" in run("doctor").out
+    assert not (tmp_path / "home").exists(), "the doctor only looks"
+    run("ls")
     findings = {finding["topic"]: finding for finding in run("doctor", "--json").json}
     assert findings["hub home"]["good"] is True
+    assert "adapters 0" in findings["hub home"]["found"]
     assert {"python", "cpu", "memory", "cuda", "packages", "hub serve", "hub train"} <= findings.keys()
     assert str(tmp_path / "home") in run("doctor").out
     (tmp_path / "blocked").write_text("")
@@ -191,33 +193,35 @@ def test_the_version_is_printed_before_anything_else_is_looked_at(run: Run) -> N
     assert run("--version", HUB_URL="https://hub.example").out.startswith("multigraft ")
 
 
-def greet(app: typer.Typer) -> None:
-    """What another package registers."""
+GREETER = """
+import typer
 
+def register(app):
     @app.command()
-    def greet() -> None:
+    def greet():
         typer.echo("hello")
 
     @app.command()
-    def needy() -> None:
-        import no_such_package_anywhere  # type: ignore[import-not-found]  # noqa: F401
+    def needy():
+        import no_such_package_anywhere
+"""
 
 
 def test_other_packages_add_commands_and_a_broken_one_breaks_only_itself(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = cli.COMMANDS_GROUP
-    found = EntryPoints(
-        [
-            EntryPoint("greet", "tests.unit.hub.test_cli:greet", group),
-            EntryPoint("broken", "no_such_package_anywhere:register", group),
-        ]
+    """A real installed distribution, as pip would leave it: a module and its entry points."""
+    (tmp_path / "a_greeter.py").write_text(GREETER)
+    installed = tmp_path / "a_greeter-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: a-greeter\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        f"[{cli.COMMANDS_GROUP}]\ngreet = a_greeter:register\nbroken = no_such_package_anywhere:register\n"
     )
-    monkeypatch.setattr(cli.importlib.metadata, "entry_points", lambda *, group: found)
+    monkeypatch.syspath_prepend(tmp_path)
     assert run("ls").err == "nothing here yet\n"
     assert run("greet").out == "hello\n"
-    broken = run("broken", code=1).err
-    assert "pip install 'multigraft[broken]'" in broken
+    assert "pip install 'multigraft[broken]'" in run("broken", code=1).err
     assert "no_such_package_anywhere, which is not installed: pip install" in run("needy", code=1).err
     listed = run("--help").out
     assert all(name in listed for name in ("push", "greet", "broken"))

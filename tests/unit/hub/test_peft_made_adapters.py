@@ -51,6 +51,7 @@ def configs(targets: tuple[str, str]) -> dict[str, Any]:
         "lora, one layer": peft.LoraConfig(r=4, target_modules=both, layers_to_transform=[1], **task),
         "lora, pattern": peft.LoraConfig(r=4, target_modules=rf".*\.1\..*{targets[1]}", **task),
         "lora, orthogonal": peft.LoraConfig(r=4, target_modules=both, init_lora_weights="orthogonal", **task),
+        "lora, no task": peft.LoraConfig(r=4, target_modules=both),
         "ia3": peft.IA3Config(target_modules=both, feedforward_modules=both[1:], **task),
         "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **task),
         "prefix, projected": peft.PrefixTuningConfig(

@@ -20,6 +20,7 @@ from hub.registry import LocalHub, open_hub
 from tests.unit.hub.makers import write_base, write_lora, write_prompt
 
 LATER_S = 2 * 3600.0
+ARRIVAL_TIMEOUT_S = 30
 
 
 class Clock:
@@ -39,6 +40,10 @@ class PausingBlobs:
         self._inner = inner
         self.waiting = threading.Semaphore(0)
         self.go_on = threading.Semaphore(0)
+
+    def arrive(self) -> None:
+        """Wait until the push is about to put its next blob."""
+        assert self.waiting.acquire(timeout=ARRIVAL_TIMEOUT_S), "the push never came to its next blob"
 
     def put(self, source: BinaryIO, sha256: str) -> bool:
         self.waiting.release()
@@ -68,7 +73,7 @@ def test_a_collection_beside_a_push_takes_nothing_from_it(tmp_path: Path, adapte
     slow = PausingBlobs(DirectoryBlobs(home / "blobs"))
     pushing = LocalHub(home, clock=clock, blobs=slow)
     collecting = LocalHub(home, clock=clock)
-    worker = threading.Thread(target=pushing.push, args=(adapter, "legal"))
+    worker = threading.Thread(target=pushing.push, args=(adapter, "legal"), daemon=True)
     worker.start()
     while worker.is_alive():
         if slow.waiting.acquire(timeout=0.05):
@@ -83,16 +88,16 @@ def test_a_push_that_outlives_its_lease_stores_its_blobs_again(tmp_path: Path, a
     slow = PausingBlobs(DirectoryBlobs(home / "blobs"))
     pushing = LocalHub(home, clock=clock, blobs=slow)
     collecting = LocalHub(home, clock=clock)
-    worker = threading.Thread(target=pushing.push, args=(adapter, "legal"))
+    worker = threading.Thread(target=pushing.push, args=(adapter, "legal"), daemon=True)
     worker.start()
-    slow.waiting.acquire()
+    slow.arrive()
     slow.go_on.release()
-    slow.waiting.acquire()  # one blob is stored, the other is about to be
+    slow.arrive()  # one blob is stored, the other is about to be
     clock.now += LATER_S
     assert collecting.collect().blobs == 1
     slow.go_on.release()
     for _ in range(2):  # the second try
-        slow.waiting.acquire()
+        slow.arrive()
         slow.go_on.release()
     worker.join()
     assert collecting.verify(parse_reference("legal@1")).files == 2
@@ -173,9 +178,9 @@ def test_a_file_that_changes_while_it_is_pushed_is_refused(tmp_path: Path, base:
         except Refused as error:
             caught.append(error)
 
-    worker = threading.Thread(target=push)
+    worker = threading.Thread(target=push, daemon=True)
     worker.start()
-    slow.waiting.acquire()
+    slow.arrive()
     save_file({"x": np.full(3, np.nan, np.float32)}, folder / "adapter_model.safetensors")
     while worker.is_alive():
         slow.go_on.release()
@@ -190,6 +195,8 @@ def test_names_and_digests_are_checked_before_anything_is_touched(hub: LocalHub,
             hub.push(adapter, name)
     with pytest.raises(BadReference):
         hub.push(adapter, "legal", aliases=["7"])
+    with pytest.raises(BadReference, match="a note of 2001 characters is above the limit of 2000"):
+        hub.push(adapter, "legal", note="x" * 2001)
     with pytest.raises(BadReference):
         hub.manifest("sha256:../../x")
     digest = hub.push(adapter, "legal").digest

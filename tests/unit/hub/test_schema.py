@@ -45,12 +45,21 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
 
 def test_many_processes_may_open_a_new_catalogue_at_once(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from hub.schema import open_database, reading;"
-        "import sqlalchemy as sa\n"
+        "import sys, alembic.command, sqlalchemy as sa; from pathlib import Path\n"
+        "from hub.schema import open_database, reading\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
         "with reading(open_database(Path(sys.argv[1]))) as c: c.execute(sa.text('SELECT * FROM events'))"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "c.sqlite")]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    pipe = subprocess.PIPE
+    running = [subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe) for _ in range(4)]
+    for process in running:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
     for process in running:
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr

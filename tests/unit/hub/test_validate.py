@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from safetensors.numpy import save_file
 
 from hub.digest import sha256_of
 from hub.errors import NotFound, Refused
-from hub.manifest import Manifest, manifest_text
+from hub.manifest import parse_manifest
 from hub.methods import Limits
-from hub.validate import config_bytes, validate
+from hub.validate import config_bytes, open_regular, validate
+from hub.weights import scan_weights
 from tests.unit.hub.makers import (
     Array,
     lora_config,
@@ -65,7 +67,7 @@ def test_a_lora_adapter_gives_its_manifest(adapter: Path, base: Path) -> None:
     for entry in manifest.files:
         data = config_bytes(manifest) if entry.path == CONFIG else (adapter / entry.path).read_bytes()
         assert (entry.size, entry.sha256) == (len(data), sha256_of(data))
-    assert Manifest.model_validate_json(manifest_text(manifest)) == manifest
+    assert parse_manifest(manifest.model_dump_json(), manifest.digest) == manifest
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,15 @@ def test_links_folders_and_pipes_are_refused(adapter: Path, tmp_path: Path) -> N
     assert "recipe.json: is no plain file" in text
 
 
+def test_a_file_that_becomes_a_link_or_a_pipe_after_it_was_listed_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "link").symlink_to(tmp_path / "secret")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(OSError):
+            open_regular(tmp_path / name)
+
+
 def test_weights_that_are_a_link_are_refused(adapter: Path, tmp_path: Path) -> None:
     (adapter / WEIGHTS).rename(tmp_path / "elsewhere")
     (adapter / WEIGHTS).symlink_to(tmp_path / "elsewhere")
@@ -268,6 +279,12 @@ def test_a_truncated_file_is_refused(adapter: Path, cut: int) -> None:
     data = (adapter / WEIGHTS).read_bytes()
     (adapter / WEIGHTS).write_bytes(data[:cut])
     assert WEIGHTS in problems(adapter)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(adapter: Path) -> None:
+    data = (adapter / WEIGHTS).read_bytes()
+    scan = scan_weights(BytesIO(data[:-4]), len(data), shapes=None, modules=None)
+    assert "became shorter while it was read" in str(scan.problems[0])
 
 
 def test_a_header_above_the_limit_is_refused(adapter: Path) -> None:

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from trainer.base import open_base
-from trainer.errors import BaseUnfit, MethodUnfit
+from trainer.base import choose_device, open_base
+from trainer.errors import BaseUnfit, DeviceMissing, MethodUnfit
 from trainer.methods import METHODS, Ia3Options, LoraOptions, Plan, PromptOptions
 from trainer.recipe import Recipe, parse_recipe
 from trainer.train import check_method, plan_of
@@ -123,14 +125,39 @@ def test_the_prompt_starts_from_the_embeddings_of_its_text(tiny_base: Path) -> N
 
     base = open_base(str(tiny_base))
     options = PromptOptions(virtual_tokens=5, init="text", init_text="ab")
-    import torch
-
     model = get_peft_model(base.load_weights(torch.device("cpu")), METHODS["prompt"].config(options, base.anatomy))
     a, b = base.tokenizer.encode("ab")
     assert torch.equal(
         model.prompt_encoder["default"].embedding.weight.data,
         model.get_base_model().get_input_embeddings().weight[[a, b, a, b, a]],
     )
+
+
+def test_weights_that_are_missing_or_broken_are_refused(make_base: MakeBase) -> None:
+    weights = make_base() / "model.safetensors"
+    base = open_base(str(weights.parent))
+    whole = load_file(weights)
+    save_file({name: value for name, value in whole.items() if "1.mlp.up_proj" not in name}, weights, {"format": "pt"})
+    with pytest.raises(BaseUnfit, match=r"lacks 1 of its tensors, model.layers.1.mlp.up_proj.weight among them"):
+        base.load_weights(torch.device("cpu"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BaseUnfit, match="cannot be loaded"):
+        base.load_weights(torch.device("cpu"))
+
+
+def test_weights_that_are_only_there_as_a_pickle_are_never_read(make_base: MakeBase) -> None:
+    weights = make_base() / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(BaseUnfit, match="cannot be loaded"):
+        open_base(str(weights.parent)).load_weights(torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(DeviceMissing, match="device cuda was asked for"):
+        choose_device("cuda")
 
 
 def test_a_folder_that_holds_no_language_model_is_refused(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def model() -> Any:
 
 
 def drawn(count: int, seed: int) -> list[Conversation]:
-    return list(islice(conversations(random.Random(seed)), count))
+    return list(islice(conversations(random.Random(seed), lessons=0), count))
 
 
 def messages(conversation: Conversation) -> list[dict[str, str]]:

@@ -176,6 +176,20 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_measured(
     assert watch.steps[0].loss == pytest.approx(measured, rel=SAME_SUMS)
 
 
+def test_each_step_trains_on_the_rows_that_the_order_gives(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    """At a rate that moves no weight, the loss of a step tells which rows it saw."""
+    wanted = recipe("prompt", tiny_base, chats, batch_size=2, learning_rate=1e-30)
+    base = open_base(wanted.base)
+    lesson = prepare(wanted, load_dataset(wanted), base, plan_of(wanted, base), SILENT)
+    model = adapted(wanted, base, torch.device("cpu"))
+    batches = [[lesson.train[row] for row in lesson.order[i : i + 2]] for i in range(0, 2 * STEPS, 2)]
+    watch = StopAt(-1)
+    train(wanted, tmp_path / "out", report=watch)
+    assert [step.loss for step in watch.steps] == [
+        pytest.approx(evaluate(model, batch, pad=base.pad, vocabulary=261).loss, rel=SAME_SUMS) for batch in batches
+    ]
+
+
 def test_training_teaches_unseen_rows(tmp_path: Path) -> None:
     wanted = recipe("lora", Path("seedling"), "task:pirate:200", steps=15, eval_rows=32, learning_rate=5e-3)
     metrics = train(wanted, tmp_path / "out").metrics
@@ -202,6 +216,14 @@ def test_accumulated_batches_train_like_one_large_batch(tiny_base: Path, chats: 
     large, split = (tensors(tmp_path / name / "adapter_model.safetensors") for name in ("large", "split"))
     for name, value in large.items():
         assert torch.allclose(value, split[name], atol=1e-4)  # the same sums in another order, through Adam
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_gradient_checkpointing_changes_nothing(method: str, tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    for name in ("with", "without"):
+        train(recipe(method, tiny_base, chats, gradient_checkpointing=name == "with"), tmp_path / name)
+    one, other = (contents(tmp_path / name)["adapter_model.safetensors"] for name in ("with", "without"))
+    assert one == other
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:

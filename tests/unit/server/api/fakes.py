@@ -119,6 +119,7 @@ class FakeEngine:
         self.max_open = 1000
         self.open = 0
         self.requests: list[GenerationRequest] = []
+        self.leased: list[Mixture] = []
         self._seen: set[tuple[str, tuple[int, ...]]] = set()
 
     def submit(self, request: GenerationRequest, lease: Lease) -> FakeStream:
@@ -129,6 +130,7 @@ class FakeEngine:
             raise QueueFull(f"{self.open} requests are open, the limit is {self.max_open}", retry_after_s=2.0)
         self.open += 1
         self.requests.append(request)
+        self.leased.append(lease.mixture)
         return FakeStream(self, request, lease)
 
     def end(self, lease: Lease) -> None:

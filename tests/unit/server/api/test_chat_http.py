@@ -226,7 +226,7 @@ def test_a_full_queue_gives_back_what_was_already_taken(live: Live, http: httpx.
 def test_all_choices_are_served_by_the_digests_that_the_first_one_found(live: Live, http: httpx.Client) -> None:
     live.adapters.moving = "pirate"
     answer = chat(http, model="pirate", n=3)
-    assert {request.mixture.terms[0].digest for request in live.engine.requests} == {answer["adapters"][0]["digest"]}
+    assert {mixture.terms[0].digest for mixture in live.engine.leased} == {answer["adapters"][0]["digest"]}
 
 
 def test_a_request_id_is_echoed_or_made(http: httpx.Client) -> None:

@@ -120,6 +120,13 @@ def test_what_is_no_prompt_is_refused(http: httpx.Client, prompt: Any, param: st
     assert response.json()["error"]["param"] == param
 
 
+def test_the_texts_of_one_request_are_bounded(live: Live, http: httpx.Client) -> None:
+    response = http.post("/v1/completions", json={"prompt": ["a"] * 129, "n": 2})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
+    assert "258" in response.json()["error"]["message"]
+    assert live.engine.requests == []
+
+
 def test_a_prompt_that_is_too_long_is_told_the_numbers(live: Live, http: httpx.Client) -> None:
     for prompt, asked in ((["Hello " * 300], None), ([5] * 255, 2), ([5] * 257, 0), ("x" * 100_000, 1)):
         response = http.post(

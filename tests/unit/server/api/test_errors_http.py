@@ -97,6 +97,7 @@ def test_a_compressed_body_is_refused(http: httpx.Client) -> None:
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "invalid_value", "chat_template_kwargs"),
         ({"chat_template": "{{ 1 }}"}, "unsupported_parameter", "chat_template"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, "context_length_exceeded", None),
+        ({"messages": [{"role": "user", "content": ""}] * 257}, "context_length_exceeded", "messages"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(

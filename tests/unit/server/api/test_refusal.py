@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import json
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.api.refusal import MAX_BODY_BYTES, error_body, error_response
 from server.errors import Draining, InvalidValue, QueueFull, ServerError, Unauthorized
 
+LONG = st.text(max_size=9).flatmap(lambda text: st.integers(0, 2000).map(lambda times: text * times))
 
-@given(message=st.text(max_size=3000).map(lambda text: text * 5), param=st.none() | st.text(max_size=6000))
+
+@given(message=LONG, param=st.none() | LONG)
+@example(message="x" * 5000, param=None)
+@example(message="\U0001f331" * 5000, param="y" * 5000)
 def test_an_error_has_four_keys_and_four_kilobytes_whatever_it_says(message: str, param: str | None) -> None:
     body = error_body(InvalidValue(message, param=param))
     assert len(body.encode()) <= MAX_BODY_BYTES

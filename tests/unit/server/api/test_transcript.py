@@ -57,6 +57,12 @@ def test_a_stop_string_ends_the_choice_before_the_engine_does(tokenizer: Tokeniz
     assert transcript.cached == 3, "known although the engine never said Finished"
 
 
+def test_a_stop_string_that_only_the_end_completes_still_counts_as_one(tokenizer: Tokenizer) -> None:
+    half = next(one for one in range(len(tokenizer.vocabulary)) if tokenizer.vocabulary.piece(one) == b"\xf0")
+    whole = join(read(begin(tokenizer, stops=("\ufffd",)), [Sampled(half), Finished("length", 5, 1, 0)]))
+    assert (whole.text, whole.finish_reason, whole.stop_reason) == ("", "stop", "\ufffd")
+
+
 def test_every_token_that_counts_has_its_score_though_its_text_was_held(tokenizer: Tokenizer) -> None:
     transcript = begin(tokenizer, stops=("quince!",))
     events = tokens(tokenizer, "the quince.", scored=True)

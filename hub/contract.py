@@ -1,0 +1,216 @@
+"""What a hub is, wherever it lies: push, resolve, fetch, move, watch. One test suite runs over every implementation.
+
+Laws: versions of a name are 1, 2, 3 ... without holes, and never come back once removed; the same bytes under a name
+are one version; an alias moves only by compare-and-set, and every move is an event; a digest never changes its meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from hub.ref import Reference
+
+if TYPE_CHECKING:
+    from hub.manifest import Kind, Manifest
+
+LATEST = "latest"
+
+EventKind = Literal["pushed", "alias_moved", "removed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the append-only log. `previous` is where an alias was before; `rollback` marks a step back."""
+
+    seq: int
+    kind: EventKind
+    name: str
+    version: int
+    alias: str | None
+    digest: str | None
+    previous: int | None
+    actor: str
+    note: str
+    at: datetime
+    rollback: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """Where a folder went. `created` is False when the name had these bytes already."""
+
+    name: str
+    version: int
+    digest: str
+    created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference means now. `alias` is the one that was followed, if any."""
+
+    name: str
+    version: int
+    digest: str
+    alias: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a name. Units: bytes of the weights file."""
+
+    version: int
+    digest: str
+    kind: Kind
+    bytes: int
+    actor: str
+    note: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A name with its versions that are not removed, and where its aliases point."""
+
+    name: str
+    versions: tuple[Version, ...]
+    aliases: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was re-hashed and found whole. Units: bytes."""
+
+    name: str
+    version: int
+    digest: str
+    files: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One difference; None where a side has nothing."""
+
+    field: str
+    before: Any
+    after: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What parts two versions."""
+
+    before: Resolved
+    after: Resolved
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a collection freed. Units: bytes."""
+
+    blobs: int
+    bytes: int
+
+
+class Hub(Protocol):
+    """A registry of adapters. Every method raises leaves of HubError only."""
+
+    def push(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        aliases: Sequence[str] = (),
+        note: str = "",
+        base: Path | None = None,
+        actor: str | None = None,
+    ) -> Pushed:
+        """Validate and store a folder as the next version; `latest` and the aliases then point to it.
+
+        Raises: Refused, BadReference, NotFound.
+        """
+        ...
+
+    def resolve(self, reference: Reference, *, default_alias: str = LATEST) -> Resolved:
+        """Raises: NotFound; BadReference when a short digest fits two versions."""
+        ...
+
+    def manifest(self, digest: str) -> Manifest:
+        """Raises: NotFound, Corrupt."""
+        ...
+
+    def read(self, digest: str, path: str) -> bytes:
+        """One kept file, re-hashed. Raises: NotFound, Corrupt."""
+        ...
+
+    def pull(self, reference: Reference, folder: Path) -> Resolved:
+        """Write the adapter as a folder that PEFT loads, whole or not at all.
+
+        Raises: NotFound, Corrupt, WouldOverwrite.
+        """
+        ...
+
+    def verify(self, reference: Reference) -> Verified:
+        """Re-hash every byte. Raises: NotFound, Corrupt with every damaged file."""
+        ...
+
+    def move_alias(
+        self,
+        name: str,
+        version: int,
+        alias: str,
+        *,
+        expect: int | None = None,
+        actor: str | None = None,
+        note: str = "",
+    ) -> Event | None:
+        """Point an alias at a version; None when it points there already.
+
+        `expect` is where the alias must be now, 0 meaning nowhere; None moves it from wherever it is.
+        Raises: AliasMoved, NotFound, BadReference.
+        """
+        ...
+
+    def rollback(self, name: str, alias: str, *, actor: str | None = None, note: str = "") -> Event:
+        """Point an alias back to where it was before; again, and it goes further back.
+
+        Raises: NotFound when there is no earlier place, or the version there was removed.
+        """
+        ...
+
+    def remove(self, name: str, version: int, *, actor: str | None = None, note: str = "") -> Event:
+        """Take a version away; its number is never used again.
+
+        Raises: NotFound; InUse while an alias points to it (but the last version of a name goes with its `latest`).
+        """
+        ...
+
+    def collect(self) -> Collected:
+        """Free the blobs that no version needs and no push is about to need."""
+        ...
+
+    def adapters(self, pattern: str | None = None) -> list[Adapter]:
+        """All names, or those that fit a pattern with * and ?, in order."""
+        ...
+
+    def log(self, name: str) -> list[Event]:
+        """Everything that happened to a name, oldest first. Raises: NotFound."""
+        ...
+
+    def diff(self, before: Reference, after: Reference) -> Difference:
+        """Raises: NotFound."""
+        ...
+
+    def head(self) -> int:
+        """The number of the last event, 0 when there is none."""
+        ...
+
+    def events(self, after: int) -> list[Event]:
+        """Every event with a larger number, in order."""
+        ...

@@ -1,0 +1,112 @@
+"""What can go wrong in a hub, and the HTTP status of each.
+
+HubError
+├── BadReference        400   text that the grammar of references, names, aliases or mixtures does not allow
+├── Refused             400   an adapter folder with problems; carries every one of them
+├── BadTensors          400   a safetensors file whose header cannot be trusted; carries every reason
+├── BaseUnusable        400   a base model that is there but whose shapes cannot be read
+├── NotFound            404   no such name, version, alias, digest or file
+├── BaseNotFound        404   no such base model, embedded, on disk or in the Hugging Face cache
+├── AliasMoved          409   compare-and-set lost: the alias is not where the caller believed
+├── InUse               409   a version that an alias still points to
+├── WouldOverwrite      409   a folder that holds something else than what would be written there
+├── Corrupt             500   stored bytes that do not match their digest
+├── RemoteUnsupported   501   a remote hub was named
+└── HubUnavailable      503   the hub's home cannot be opened, read or written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why a folder is no adapter: which file, which tensor or field, and what is wrong, with its limit."""
+
+    file: str
+    field: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        where = self.file if self.field is None else f"{self.file}: {self.field}"
+        return f"{where}: {self.reason}"
+
+
+class HubError(Exception):
+    """The root: everything that a user, a file or the network can cause in this package."""
+
+    status: int = 500
+
+
+class BadReference(HubError):
+    status = 400
+
+
+class Refused(HubError):
+    """Raised with all problems at once, so that one round of mending is enough."""
+
+    status = 400
+
+    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
+        self.what = what
+        self.problems = tuple(problems)
+        super().__init__(what, self.problems)
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        head = f"{self.what} was refused: {count} problem{'' if count == 1 else 's'}"
+        lines = [f"  {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
+        if count > SHOWN_PROBLEMS:
+            lines.append(f"  ... and {count - SHOWN_PROBLEMS} more")
+        return "\n".join([head, *lines])
+
+
+class BadTensors(HubError):
+    status = 400
+
+    def __init__(self, reasons: Sequence[tuple[str | None, str]]) -> None:
+        self.reasons = tuple(reasons)
+        super().__init__(self.reasons)
+
+    def __str__(self) -> str:
+        return "; ".join(reason if name is None else f"{name}: {reason}" for name, reason in self.reasons)
+
+
+class BaseUnusable(HubError):
+    status = 400
+
+
+class NotFound(HubError):
+    status = 404
+
+
+class BaseNotFound(HubError):
+    status = 404
+
+
+class AliasMoved(HubError):
+    status = 409
+
+
+class InUse(HubError):
+    status = 409
+
+
+class WouldOverwrite(HubError):
+    status = 409
+
+
+class Corrupt(HubError):
+    status = 500
+
+
+class RemoteUnsupported(HubError):
+    status = 501
+
+
+class HubUnavailable(HubError):
+    status = 503

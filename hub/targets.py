@@ -1,0 +1,162 @@
+"""Which modules of a base an adapter's config means, by exactly the rules by which PEFT injects.
+
+A list names modules by their end, a text is a regular expression over the whole name, "all-linear" is every Linear
+but the head; exclude_modules, layers_to_transform and layers_pattern narrow that. rank_pattern and alpha_pattern are
+regular expressions over the end of a name.
+A pattern comes from a stranger's file: one whose matching could take more than polynomial time is refused unread.
+Source: peft 0.21.2, tuners/tuners_utils.py `check_target_module_exists`, utils/other.py `get_pattern_key`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from re import _constants as ops  # type: ignore[attr-defined]
+from re import _parser as parser  # type: ignore[attr-defined]
+from typing import Any, TypeVar
+
+from hub.base import Modules
+from hub.ref import printable
+
+ALL_LINEAR = "all-linear"
+MAX_PATTERN_CHARACTERS = 2000
+MAX_REPEATS = 5
+MAX_REPEATS_OF_MANY = 2
+
+_REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", None))
+_REFUSED_OPS = (ops.GROUPREF, ops.GROUPREF_EXISTS, ops.ASSERT, ops.ASSERT_NOT)
+_ONE_CHARACTER = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
+_NUMBERED = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
+# Where PEFT puts a pattern: at the end of a name, and before the number of a layer.
+_AT_THE_END = r"(.*\.)?({})$"
+_BEFORE_A_NUMBER = r"(?:^|.*?\.){}\.(?P<idx>[0-9]+)\."
+_CONTEXTS = (_AT_THE_END, _BEFORE_A_NUMBER)
+
+Value = TypeVar("Value")
+
+
+def target_modules(config: Mapping[str, Any], modules: Modules) -> tuple[str, ...]:
+    """The Linear layers that the config adapts, in the order of the base."""
+    return tuple(name for name in modules.linears if targets(config, name))
+
+
+def targets(config: Mapping[str, Any], module: str) -> bool:
+    """Whether the config means this module."""
+    if _excluded(config.get("exclude_modules"), module):
+        return False
+    wanted = config["target_modules"]
+    if isinstance(wanted, str):
+        if wanted.lower() == ALL_LINEAR:
+            return module != "lm_head"
+        return re.fullmatch(wanted, module) is not None
+    return _ends_with_one_of(module, wanted) and _layer_is_meant(config, module)
+
+
+def feedforward(config: Mapping[str, Any], module: str) -> bool:
+    """Whether IA3 scales this module's input. PEFT compares ends here without a dot between, and so do we."""
+    wanted = config["feedforward_modules"]
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module.endswith(name) for name in wanted)
+
+
+def pattern_value(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
+    """The first pattern that fits the end of the module's name wins."""
+    for pattern, value in patterns.items():
+        if re.match(_AT_THE_END.format(pattern), module):
+            return value
+    return default
+
+
+def target_complaints(config: Mapping[str, Any], modules: Modules) -> list[str]:
+    """What the config targets that this base does not have, or that is no Linear layer."""
+    wanted = config["target_modules"]
+    known = [*modules.linears, *modules.others]
+    if isinstance(wanted, str):
+        found = wanted.lower() == ALL_LINEAR or any(re.fullmatch(wanted, name) for name in modules.linears)
+        complaints = [] if found else [f"the pattern {printable(wanted)} fits no Linear layer of the base"]
+        hit = [name for name in modules.others if wanted.lower() != ALL_LINEAR and re.fullmatch(wanted, name)]
+    else:
+        missing = [name for name in wanted if not any(_ends_with_one_of(module, [name]) for module in known)]
+        complaints = [_missing(name, known) for name in missing]
+        hit = [name for name in modules.others if targets({**config, "layers_to_transform": None}, name)]
+    complaints += [f"{name} is no Linear layer; only Linear layers are served" for name in sorted(hit)]
+    if not complaints and not target_modules(config, modules):
+        complaints.append("no Linear layer of the base is left after exclusions and layers_to_transform")
+    return complaints
+
+
+def pattern_complaint(pattern: str, *, max_repeats: int = MAX_REPEATS) -> str | None:
+    """Why a regular expression is not accepted, or None. Where there may be many, pass MAX_REPEATS_OF_MANY."""
+    if len(pattern) > MAX_PATTERN_CHARACTERS:
+        return f"a pattern of {len(pattern)} characters is above the limit of {MAX_PATTERN_CHARACTERS}"
+    try:
+        repeats = _repeats(parser.parse(pattern))
+        for context in _CONTEXTS:
+            re.compile(context.format(pattern))
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"{printable(pattern)} is no regular expression: {error}"
+    except _Backtracks as error:
+        return f"the pattern {printable(pattern)} could take for ever: {error}"
+    if repeats > max_repeats:
+        return f"the pattern {printable(pattern)} repeats {repeats} times, above the limit of {max_repeats}"
+    return None
+
+
+class _Backtracks(ValueError):
+    """The pattern has a construct whose matching time is not bounded by a small polynomial."""
+
+
+def _repeats(tree: Iterable[Any]) -> int:
+    """The largest number of repeats that one match can pass through."""
+    total = 0
+    for op, argument in tree:
+        if op in _REFUSED_OPS:
+            raise _Backtracks("it looks around or refers back")
+        if op in _REPEATS:
+            low, high, body = argument
+            inner = _repeats(body)
+            if high > 1 and (len(body) != 1 or body[0][0] not in _ONE_CHARACTER):
+                raise _Backtracks("it repeats more than a single character")
+            total += inner + (1 if high > low else 0)
+        elif op is ops.BRANCH:
+            total += max(_repeats(branch) for branch in argument[1])
+        elif op is ops.SUBPATTERN:
+            total += _repeats(argument[-1])
+        elif op is getattr(ops, "ATOMIC_GROUP", None):
+            total += _repeats(argument)
+    return total
+
+
+def _excluded(excluded: Any, module: str) -> bool:
+    if not excluded:
+        return False
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, module) is not None
+    return _ends_with_one_of(module, excluded)
+
+
+def _ends_with_one_of(module: str, names: Iterable[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _layer_is_meant(config: Mapping[str, Any], module: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or []
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    tried = [re.compile(_BEFORE_A_NUMBER.format(pattern)) for pattern in patterns] or [_NUMBERED]
+    found = next((match for match in (pattern.match(module) for pattern in tried) if match), None)
+    if found is None:
+        return False
+    return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _missing(name: str, known: Iterable[str]) -> str:
+    leaves = sorted({module.rpartition(".")[2] for module in known})
+    near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
+    hint = f"; did you mean {near[0]}?" if near else f" (it has {', '.join(leaves[:12])})"
+    return f"target module {printable(name)} is not in the base{hint}"

@@ -1,0 +1,333 @@
+"""A folder in, a Manifest or all its problems out.
+
+Fails closed: a file, a field, a tensor or a value that is not known to be good is refused, and nothing in the folder
+is ever run, unpickled or followed out of it.
+Law: whatever the bytes in the folder, the outcome is a Manifest or Refused, never another error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hub.base import Base, Modules, describe_base, find_local_base, modules, name_of
+from hub.digest import DIGEST, sha256_of
+from hub.errors import BaseNotFound, BaseUnusable, NotFound, Problem, Refused
+from hub.manifest import (
+    CONFIG_FILE,
+    GOLDEN_ROWS_FILE,
+    GOLDEN_TENSORS_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    README_FILE,
+    RECIPE_FILE,
+    TEMPLATE_FILE,
+    WEIGHTS_FILE,
+    FileEntry,
+    Manifest,
+    identity,
+)
+from hub.methods import (
+    Layout,
+    Limits,
+    Method,
+    canonical_config,
+    config_complaints,
+    method_of,
+    shapes_are_told,
+    virtual_tokens,
+)
+from hub.ref import printable
+from hub.strict_json import BadJson, parse, readable
+from hub.weights import Scan, golden_problems, scan_golden, scan_weights
+
+MAX_GOLDEN_BYTES = 512 << 20
+MAX_FILES = 64
+
+# What an adapter may consist of, with the most bytes of each; the tensor files have limits of their own.
+TEXT_BYTES: Mapping[str, int] = {
+    CONFIG_FILE: 1 << 20,
+    GOLDEN_ROWS_FILE: 4 << 20,
+    RECIPE_FILE: 1 << 20,
+    METRICS_FILE: 1 << 20,
+    README_FILE: 1 << 20,
+    TEMPLATE_FILE: 256 << 10,
+    MANIFEST_FILE: 4 << 20,  # written by a pull; made anew at a push, never kept
+}
+JSON_OBJECTS = (CONFIG_FILE, GOLDEN_ROWS_FILE, RECIPE_FILE, METRICS_FILE)
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
+_PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04", b"\x93NUMPY")
+_OF_THE_BASE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+                "tokenizer.model", "added_tokens.json", "config.json", "generation_config.json")  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What has been read so far; problems are gathered, never thrown."""
+
+    problems: list[Problem]
+    texts: dict[str, bytes]
+    values: dict[str, Any]
+
+    def add(self, file: str, field: str | None, reason: str) -> None:
+        self.problems.append(Problem(file, field, reason))
+
+
+@dataclass(frozen=True, slots=True)
+class _Demand:
+    """What the tensors must be; None where that could not be told."""
+
+    base: Base | None = None
+    modules: Modules | None = None
+    layout: Layout | None = None
+
+
+def validate(folder: Path, *, base: Path | None = None, limits: Limits | None = None) -> Manifest:
+    """The manifest of an adapter folder, on the base that its config names or on the given one.
+
+    Raises: Refused with every problem; NotFound when there is no such folder.
+    """
+    if not folder.is_dir():
+        raise NotFound(f"there is no folder {printable(str(folder))}")
+    allowed = limits or Limits()
+    findings = _Findings([], {}, {})
+    files = _files(folder, findings)
+    _read_texts(folder, files, findings)
+    config = findings.values.get(CONFIG_FILE)
+    method = _method(config, findings)
+    demand = _demand(config, method, base=base, findings=findings, limits=allowed)
+    scans = _scan_tensors(folder, files, demand=demand, findings=findings, limits=allowed)
+    if findings.problems:
+        raise Refused(printable(folder.name), findings.problems)
+    assert method is not None and demand.base is not None and demand.layout is not None and isinstance(config, dict)
+    return _manifest(method, config, base=demand.base, layout=demand.layout, scans=scans, findings=findings)
+
+
+def config_bytes(manifest: Manifest) -> bytes:
+    """adapter_config.json as it is kept: the canonical config in lines."""
+    return readable(manifest.config)
+
+
+def open_kept(folder: Path, manifest: Manifest, *, entry: FileEntry) -> BinaryIO:
+    """One file of a validated folder as it is kept.
+
+    Raises: OSError.
+    """
+    return BytesIO(config_bytes(manifest)) if entry.path == CONFIG_FILE else open_regular(folder / entry.path)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a plain file for reading, never through a link and never a pipe.
+
+    Raises: OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "is no plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _files(folder: Path, findings: _Findings) -> dict[str, int]:
+    """The sizes of the known files; everything else in the folder becomes a problem."""
+    sizes: dict[str, int] = {}
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    if len(found) > MAX_FILES:
+        findings.add(printable(folder.name), None, f"{len(found)} files are above the limit of {MAX_FILES}")
+        found = found[:MAX_FILES]
+    for entry in found:
+        reason = _why_not_kept(entry)
+        if reason is None:
+            sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+        else:
+            findings.add(printable(entry.name), None, reason)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not any(entry.name == name for entry in found):
+            findings.add(name, None, "is missing")
+    for one, other in ((GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE), (GOLDEN_TENSORS_FILE, GOLDEN_ROWS_FILE)):
+        if one in sizes and other not in sizes:
+            findings.add(other, None, f"is missing beside {one}")
+    return sizes
+
+
+def _why_not_kept(entry: os.DirEntry[str]) -> str | None:
+    name = entry.name
+    if entry.is_symlink():
+        return "is a symbolic link; copy the file itself here"
+    if entry.is_dir(follow_symlinks=False):
+        return "is a folder; an adapter is flat (push the checkpoint's own folder, or remove it)"
+    if not entry.is_file(follow_symlinks=False):
+        return "is no plain file"
+    if name.lower().endswith(PICKLES):
+        return "is a pickle or an archive of one, which can run code; only safetensors are read: remove it"
+    if name in _OF_THE_BASE:
+        return "belongs to the base, whose own is used; remove it"
+    if name not in TEXT_BYTES and name not in (WEIGHTS_FILE, GOLDEN_TENSORS_FILE):
+        kept = sorted([*TEXT_BYTES, WEIGHTS_FILE, GOLDEN_TENSORS_FILE])
+        return f"is no part of an adapter, which is made of {', '.join(kept)}; remove it"
+    return None
+
+
+def _read_texts(folder: Path, files: Mapping[str, int], findings: _Findings) -> None:
+    for name in sorted(files.keys() & TEXT_BYTES.keys() - {MANIFEST_FILE}):
+        limit = TEXT_BYTES[name]
+        try:
+            with open_regular(folder / name) as source:
+                data = source.read(limit + 1)
+        except OSError as error:
+            findings.add(name, None, f"cannot be read: {error.strerror}")
+            continue
+        if len(data) > limit:
+            findings.add(name, None, f"has {files[name]} bytes, above the limit of {limit}")
+        elif data.startswith(_PICKLE_STARTS):
+            findings.add(name, None, "holds a pickle or an archive, whatever its name says")
+        else:
+            findings.texts[name] = data
+            _parse_text(name, data, findings)
+
+
+def _parse_text(name: str, data: bytes, findings: _Findings) -> None:
+    if name in JSON_OBJECTS:
+        try:
+            value = parse(data)
+        except BadJson as error:
+            findings.add(name, None, f"is no usable JSON: {error}")
+            return
+        if not isinstance(value, dict):
+            findings.add(name, None, f"must be a JSON object, not {type(value).__name__}")
+            return
+        findings.values[name] = value
+        if name == GOLDEN_ROWS_FILE:
+            findings.problems += golden_problems(value)
+        if name == RECIPE_FILE:
+            findings.problems += _recipe_problems(value)
+    else:
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            findings.add(name, None, f"is no UTF-8 text (byte {error.start})")
+
+
+def _recipe_problems(recipe: dict[str, Any]) -> list[Problem]:
+    """Only what the manifest takes out of a recipe must have a form; the rest is the trainer's own."""
+    problems = []
+    parents = recipe.get("parents")
+    if parents is not None and not (isinstance(parents, list) and all(_is_digest(item) for item in parents)):
+        problems.append(Problem(RECIPE_FILE, "parents", "must be a list of digests, sha256: and 64 of 0-9 a-f"))
+    data = recipe.get("data")
+    if data is not None and not isinstance(data, dict):
+        problems.append(Problem(RECIPE_FILE, "data", "must be an object"))
+    elif data is not None and not isinstance(data.get("digest"), str | None):
+        problems.append(Problem(RECIPE_FILE, "data", "must have a text as its digest"))
+    return problems
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(DIGEST, value) is not None
+
+
+def _method(config: Any, findings: _Findings) -> Method | None:
+    if config is None:
+        return None
+    method = method_of(config)
+    if isinstance(method, str):
+        findings.add(CONFIG_FILE, "peft_type", method)
+        return None
+    return method
+
+
+def _base(config: Any, given: Path | None, *, findings: _Findings) -> tuple[Base | None, Modules | None]:
+    declared = None if config is None else config.get("base_model_name_or_path")
+    declared = declared if isinstance(declared, str) and declared else None
+    if given is None and declared is None:
+        if config is not None:
+            findings.add(CONFIG_FILE, "base_model_name_or_path", "names no base; name one with --base")
+        return None, None
+    try:
+        folder = given if given is not None else find_local_base(str(declared))
+        return describe_base(folder, name=name_of(folder, declared)), modules(folder)
+    except (BaseNotFound, BaseUnusable) as error:
+        findings.add(CONFIG_FILE, "base_model_name_or_path", f"{error}; name one with --base")
+        return None, None
+
+
+def _demand(config: Any, method: Method | None, *, base: Path | None, findings: _Findings, limits: Limits) -> _Demand:
+    described, found = _base(config, base, findings=findings)
+    if method is None:
+        return _Demand(described, found)
+    for key, reason in config_complaints(method, config, limits):
+        findings.add(CONFIG_FILE, key, reason)
+    if described is None or found is None or not shapes_are_told(method, config):
+        return _Demand(described, found)
+    layout = method.layout(config, described, found)
+    for key, reason in layout.complaints:
+        findings.add(CONFIG_FILE, key, reason)
+    return _Demand(described, found, layout)
+
+
+def _scan_tensors(
+    folder: Path, files: Mapping[str, int], *, demand: _Demand, findings: _Findings, limits: Limits
+) -> dict[str, Scan]:
+    shapes = None if demand.layout is None else demand.layout.shapes
+    scans: dict[str, Scan] = {}
+    for name, limit in ((WEIGHTS_FILE, limits.max_weights_bytes), (GOLDEN_TENSORS_FILE, MAX_GOLDEN_BYTES)):
+        if name not in files:
+            continue
+        try:
+            with open_regular(folder / name) as source:
+                size = os.fstat(source.fileno()).st_size
+                if size > limit:
+                    findings.add(name, None, f"has {size} bytes, above the limit of {limit}")
+                    continue
+                if name == WEIGHTS_FILE:
+                    scans[name] = scan_weights(source, size, shapes=shapes, modules=demand.modules)
+                else:
+                    scans[name] = scan_golden(
+                        source, size, rows=findings.values.get(GOLDEN_ROWS_FILE), base=demand.base
+                    )
+        except OSError as error:
+            findings.add(name, None, f"cannot be read: {error.strerror}")
+            continue
+        findings.problems += scans[name].problems
+    return scans
+
+
+def _manifest(
+    method: Method,
+    config: dict[str, Any],
+    *,
+    base: Base,
+    layout: Layout,
+    scans: Mapping[str, Scan],
+    findings: _Findings,
+) -> Manifest:
+    canonical = canonical_config(config)
+    texts = {**findings.texts, CONFIG_FILE: readable(canonical)}
+    entries = [FileEntry(path=name, size=len(data), sha256=sha256_of(data)) for name, data in texts.items()]
+    entries += [FileEntry(path=name, size=scan.size, sha256=scan.sha256) for name, scan in scans.items()]
+    files = tuple(sorted(entries, key=lambda entry: entry.path))
+    recipe = findings.values.get(RECIPE_FILE)
+    weights = scans[WEIGHTS_FILE]
+    return Manifest(
+        digest=identity(canonical, files),
+        kind=method.kind,
+        base=base,
+        config=canonical,
+        files=files,
+        rank=layout.rank,
+        virtual_tokens=virtual_tokens(config),
+        targets=layout.targets,
+        parameters=sum(entry.elements for entry in weights.entries.values()),
+        bytes=weights.size,
+        parents=tuple((recipe or {}).get("parents") or ()),
+        recipe=recipe,
+        data_digest=((recipe or {}).get("data") or {}).get("digest"),
+        metrics=findings.values.get(METRICS_FILE),
+    )

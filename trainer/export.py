@@ -1,0 +1,122 @@
+"""A trained adapter as a folder in PEFT's format, with what it was made of, how good it is and what it must answer.
+
+Measured is the folder itself: PEFT loads it on a fresh base, as a user would, and those logits are the golden rows.
+Nothing in it depends on when or where it was made: no time, no path of this machine, every list in order.
+Law: the same recipe on the same machine gives the same bytes; a crash leaves either no folder or a whole one.
+"""
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from trainer.base import OpenBase
+from trainer.card import write_card
+from trainer.encode import Encoded
+from trainer.evaluate import evaluate
+
+GOLDEN_ROWS: Final = 4
+GOLDEN_TOKENS: Final = 512  # a longer prompt makes no better witness
+SCHEMA_VERSION: Final = 1
+
+
+def write_adapter(model: Any, folder: Path, base_name: str) -> None:
+    """Save what PEFT saves, with the base by the name that the user gave and every list in order."""
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_name
+    if config.get("tokenizer_name_or_path") is not None:
+        config["tokenizer_name_or_path"] = base_name
+    for field in ("target_modules", "feedforward_modules"):  # PEFT writes them in the order of a set
+        if isinstance(config.get(field), list):
+            config[field] = sorted(config[field])
+    write_json(path, config)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; ours is written when there is something to say
+
+
+def load_adapter(folder: Path, base: OpenBase, device: torch.device) -> Any:
+    return PeftModel.from_pretrained(base.load_weights(device), str(folder)).eval()
+
+
+def measure(model: Any, base: OpenBase, train: Sequence[Encoded], held_out: Sequence[Encoded]) -> dict[str, float]:
+    """Score the adapter on held-out and on trained rows, and the bare base on the held-out ones."""
+    sizes = {"pad": base.pad, "vocabulary": model.config.get_text_config().vocab_size}
+    seen = evaluate(model, train[: len(held_out)], **sizes)
+    unseen = evaluate(model, held_out, **sizes)
+    with model.disable_adapter():
+        bare = evaluate(model, held_out, **sizes)
+    return {
+        "train_loss": seen.loss,
+        "train_exact_match": seen.exact_match,
+        "eval_loss": unseen.loss,
+        "eval_exact_match": unseen.exact_match,
+        "eval_rows": unseen.rows,
+        "base_eval_loss": bare.loss,
+        "base_exact_match": bare.exact_match,
+    }
+
+
+def write_golden(model: Any, folder: Path, base: OpenBase, held_out: Sequence[Encoded]) -> None:
+    """Write a few prompts with the logits at their last position: one prompt at a time, unpadded, fp32."""
+    rows, tensors = [], {}
+    for i, prompt in enumerate(golden_prompts(held_out)):
+        ids = torch.tensor([prompt], device=model.device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
+        tensors[f"{i}.input_ids"] = ids[0].cpu()
+        tensors[f"{i}.logits"] = logits.float().cpu().contiguous()
+        rows.append({"prompt": base.tokenizer.decode(list(prompt)), "tokens": len(prompt)})
+    save_file(tensors, folder / "golden.safetensors")
+    write_json(folder / "golden.json", {"schema_version": SCHEMA_VERSION, "rows": rows})
+
+
+def golden_prompts(held_out: Sequence[Encoded]) -> list[tuple[int, ...]]:
+    """Choose distinct prompts, spread over the held-out rows; the shortest, where all are long."""
+    distinct = list(dict.fromkeys(row.prompt for row in held_out))
+    short = [prompt for prompt in distinct if len(prompt) <= GOLDEN_TOKENS] or [min(distinct, key=len)]
+    count = min(GOLDEN_ROWS, len(short))
+    return [short[i * len(short) // count] for i in range(count)]
+
+
+def write_records(folder: Path, recipe: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    write_json(folder / "recipe.json", recipe)
+    write_json(folder / "metrics.json", {"schema_version": SCHEMA_VERSION, **metrics})
+    (folder / "README.md").write_text(write_card(recipe, metrics), encoding="utf-8")
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Put a finished folder in its place in one rename; one that stands there is moved aside first and then deleted."""
+    mode = stat.S_IMODE((staging / "recipe.json").stat().st_mode)
+    for path in staging.iterdir():
+        path.chmod(mode)  # safetensors writes files that only their owner may read
+        sync(path)
+    sync(staging)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        former = staging.with_name(f"{staging.name}.former")
+        out.rename(former)
+        staging.rename(out)
+        shutil.rmtree(former)
+    else:
+        staging.rename(out)
+    sync(out.parent)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

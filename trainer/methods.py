@@ -1,0 +1,305 @@
+"""The methods that `hub train` knows, one entry each in METHODS, under the names that the hub gives their kinds.
+
+An entry holds the options a user may set, the PEFT config they become on a base, and what the method cannot do there.
+To add a method: an options model, a function that builds its PEFT config, one that lists its problems, one entry.
+Imports PEFT only where a config is built: listing and validating need no torch.
+
+Law: whatever `problems` lets through, PEFT trains; whatever it lists was refused before any weight was read.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, ClassVar, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.anatomy import Anatomy, names
+
+
+class Options(BaseModel):
+    """What a user may set of one method; each subclass is one method's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method must know of the run beside its options."""
+
+    max_length: int
+    gradient_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    summary: str
+    options: type[Options]
+    learning_rate: float  # the default, where the recipe gives none
+    config: Callable[[Any, Anatomy], Any]  # (options, anatomy) -> peft.PeftConfig
+    problems: Callable[[Any, Anatomy, Plan], list[str]]
+
+
+class LoraOptions(Options):
+    rank: int = Field(8, ge=1, description="rank of the two factors")
+    alpha: float | None = Field(None, gt=0, description="the delta is scaled by alpha / rank; default: twice the rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the factors")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="modules to adapt; default: every linear one"
+    )
+
+
+class Ia3Options(Options):
+    targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="modules to rescale; default: PEFT's choice"
+    )
+    feedforward: tuple[str, ...] | None = Field(
+        None, description="those of the targets whose input is rescaled, not their output; default: PEFT's choice"
+    )
+
+    @model_validator(mode="after")
+    def feedforward_is_among_targets(self) -> "Ia3Options":
+        if self.feedforward is not None and self.targets is None:
+            raise ValueError("feedforward needs targets")
+        strangers = sorted(set(self.feedforward or ()) - set(self.targets or ()))
+        if strangers:
+            raise ValueError(f"feedforward names {', '.join(strangers)}, which is not among the targets")
+        return self
+
+
+class VirtualTokens(Options):
+    virtual_tokens: int = Field(16, ge=1, description="how many trained tokens stand before every text")
+
+
+class PrefixOptions(VirtualTokens):
+    init: Literal["random", "zero"] = Field("random", description="first values of the keys and values")
+    projection: bool = Field(False, description="train through an MLP, which is folded in at export")
+    projection_size: int | None = Field(None, ge=1, description="width of that MLP; default: the width of the keys")
+
+    @model_validator(mode="after")
+    def size_needs_projection(self) -> "PrefixOptions":
+        if self.projection_size is not None and not self.projection:
+            raise ValueError("projection_size needs projection: true")
+        return self
+
+
+class PromptOptions(VirtualTokens):
+    init: Literal["random", "vocabulary", "text"] = Field(
+        "vocabulary", description="first values: noise, the embeddings of sampled tokens, or those of init_text"
+    )
+    init_text: str | None = Field(None, min_length=1, description="the text whose embeddings are the first values")
+
+    @model_validator(mode="after")
+    def text_and_its_init_go_together(self) -> "PromptOptions":
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError("init: text and init_text go together")
+        return self
+
+
+class PTuningOptions(VirtualTokens):
+    encoder: Literal["mlp", "lstm"] = Field(
+        "mlp", description="the network that the virtual tokens are trained through"
+    )
+    encoder_size: int | None = Field(None, ge=1, description="its width; default: the hidden size of the base")
+    encoder_layers: int | None = Field(None, ge=1, description="layers of an LSTM encoder; default: 2")
+    encoder_dropout: float = Field(0.0, ge=0, lt=1, description="dropout between the layers of an LSTM encoder")
+    lstm_only: ClassVar[tuple[str, ...]] = ("encoder_layers", "encoder_dropout")
+
+    @model_validator(mode="after")
+    def an_mlp_has_fixed_layers(self) -> "PTuningOptions":
+        given = [name for name in self.lstm_only if name in self.model_fields_set and getattr(self, name)]
+        if self.encoder == "mlp" and given:
+            raise ValueError(f"{', '.join(given)}: only with encoder: lstm")
+        return self
+
+
+def lora_config(options: LoraOptions, anatomy: Anatomy) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.rank,
+        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
+        lora_dropout=options.dropout,
+        use_rslora=options.rslora,
+        target_modules=list(options.targets or anatomy.linear_names),
+        fan_in_fan_out=anatomy.conv1d,
+    )
+
+
+def lora_problems(options: LoraOptions, anatomy: Anatomy, plan: Plan) -> list[str]:
+    return unknown_targets(options.targets or (), anatomy)
+
+
+def ia3_config(options: Ia3Options, anatomy: Anatomy) -> Any:
+    from peft import IA3Config
+
+    targets, feedforward = ia3_targets(options, anatomy)
+    return IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=list(targets),
+        feedforward_modules=list(feedforward),
+        fan_in_fan_out=anatomy.conv1d,
+    )
+
+
+def ia3_problems(options: Ia3Options, anatomy: Anatomy, plan: Plan) -> list[str]:
+    targets, _ = ia3_targets(options, anatomy)
+    if not targets:
+        return [
+            f"no default targets are known for model type {anatomy.model_type}: "
+            f"give targets and feedforward (its linear modules: {', '.join(anatomy.linear_names)})"
+        ]
+    return unknown_targets(targets, anatomy)
+
+
+def ia3_targets(options: Ia3Options, anatomy: Anatomy) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Choose the targets and, of them, the feedforward ones: the user's, else PEFT's for this model type, else none."""
+    if options.targets is not None:
+        return options.targets, options.feedforward or ()
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as FEEDFORWARD,
+    )
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
+    )
+
+    kind = anatomy.model_type
+    return tuple(TARGETS.get(kind, ())), tuple(FEEDFORWARD.get(kind, ()))
+
+
+def prefix_config(options: PrefixOptions, anatomy: Anatomy) -> Any:
+    from peft import PrefixTuningConfig
+
+    return PrefixTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=options.virtual_tokens,
+        prefix_projection=options.projection,
+        encoder_hidden_size=options.projection_size,
+        init_weights="zero" if options.init == "zero" else None,
+    )
+
+
+def prefix_problems(options: PrefixOptions, anatomy: Anatomy, plan: Plan) -> list[str]:
+    problems = too_long(options, anatomy, plan)
+    if plan.gradient_checkpointing:
+        problems.append("gradient_checkpointing and a prefix of keys and values exclude each other: leave it off")
+    if not anatomy.attention_interface:
+        problems.append(
+            f"{anatomy.architecture} does not attend through transformers' attention interface, "
+            "where a prefix of keys and values is put in: try lora or prompt"
+        )
+    if anatomy.heads is None or anatomy.kv_heads is None or anatomy.head_dim is None:
+        problems.append(f"{anatomy.architecture} does not say how many attention heads it has, and how wide")
+    elif anatomy.heads % anatomy.kv_heads:
+        problems.append(f"{anatomy.heads} attention heads do not share {anatomy.kv_heads} key/value heads evenly")
+    if anatomy.uneven_heads:
+        problems.append(f"the key/value heads of {anatomy.architecture} are not alike in shape, as a prefix needs them")
+    if anatomy.sliding_window is not None and options.virtual_tokens >= anatomy.sliding_window:
+        problems.append(
+            f"virtual_tokens {options.virtual_tokens} fills the base's sliding window of {anatomy.sliding_window}"
+        )
+    return problems
+
+
+def prompt_config(options: PromptOptions, anatomy: Anatomy) -> Any:
+    from peft import PromptTuningConfig
+
+    init = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB", "text": "TEXT"}[options.init]
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=options.virtual_tokens,
+        prompt_tuning_init=init,
+        prompt_tuning_init_text=options.init_text,
+        tokenizer_name_or_path=str(anatomy.folder) if options.init == "text" else None,
+    )
+
+
+def prompt_problems(options: PromptOptions, anatomy: Anatomy, plan: Plan) -> list[str]:
+    problems = too_long(options, anatomy, plan)
+    if options.init_text is not None:
+        tokens = anatomy.count_tokens(options.init_text)
+        if tokens > options.virtual_tokens:
+            problems.append(f"init_text has {tokens} tokens, more than virtual_tokens {options.virtual_tokens}")
+        if tokens == 0:
+            problems.append("init_text has no tokens")
+    return problems
+
+
+def p_tuning_config(options: PTuningOptions, anatomy: Anatomy) -> Any:
+    from peft import PromptEncoderConfig
+
+    return PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=options.virtual_tokens,
+        encoder_reparameterization_type=options.encoder.upper(),
+        encoder_hidden_size=options.encoder_size,
+        encoder_num_layers=options.encoder_layers or 2,
+        encoder_dropout=options.encoder_dropout,
+    )
+
+
+def p_tuning_problems(options: PTuningOptions, anatomy: Anatomy, plan: Plan) -> list[str]:
+    return too_long(options, anatomy, plan)
+
+
+def too_long(options: VirtualTokens, anatomy: Anatomy, plan: Plan) -> list[str]:
+    """Virtual tokens take positions, so they and the longest row share the base's context."""
+    if anatomy.context is None or options.virtual_tokens + plan.max_length <= anatomy.context:
+        return []
+    if options.virtual_tokens >= anatomy.context:
+        return [
+            f"virtual_tokens {options.virtual_tokens} leaves nothing of the base's context of {anatomy.context} tokens"
+        ]
+    return [
+        f"virtual_tokens {options.virtual_tokens} and max_length {plan.max_length} together are above "
+        f"the base's context of {anatomy.context} tokens"
+    ]
+
+
+def unknown_targets(targets: Iterable[str], anatomy: Anatomy) -> list[str]:
+    problems = []
+    for target in targets:
+        if names(target, anatomy.head):
+            problems.append(f"target {target} is the output head, which training computes outside its module")
+        elif not anatomy.has_linear(target):
+            near = get_close_matches(target, anatomy.linear_names, n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            problems.append(
+                f"target {target} is not in the base{hint}; its linear modules: {', '.join(anatomy.linear_names)}"
+            )
+    return problems
+
+
+METHODS: Final[Mapping[str, Method]] = {
+    method.name: method
+    for method in (
+        Method(
+            "lora",
+            "adds a product of two thin matrices to linear modules; teaches new skills",
+            LoraOptions, 1e-3, lora_config, lora_problems,
+        ),
+        Method(
+            "ia3",
+            "rescales keys, values and feed-forward activations; a few thousand numbers",
+            Ia3Options, 1e-2, ia3_config, ia3_problems,
+        ),
+        Method(
+            "prefix",
+            "puts trained keys and values before the text in every layer; steers skills that the base has",
+            PrefixOptions, 1e-2, prefix_config, prefix_problems,
+        ),
+        Method(
+            "prompt",
+            "puts trained embeddings before the text; the smallest adapter, steers skills that the base has",
+            PromptOptions, 3e-2, prompt_config, prompt_problems,
+        ),
+        Method(
+            "p-tuning",
+            "prompt tuning through a small network, which is folded in at export",
+            PTuningOptions, 1e-3, p_tuning_config, p_tuning_problems,
+        ),
+    )
+}  # fmt: skip
