@@ -316,7 +316,8 @@ class EngineLoop:
         if live is None:
             return
         if not outcome.stopped:
-            self._outbox.append((live, Sampled(outcome.token, live.scores.pop() if live.scores else None)))
+            scored = live.scores.pop() if live.scores else None
+            self._outbox.append((live, Sampled(outcome.token, scored, live.sequence.cached)))
         if outcome.finish is not None:
             stop = outcome.token if outcome.stopped else None
             self._end(outcome.sequence.id, _finished(live, outcome.finish, stop, None))

@@ -111,6 +111,9 @@ def test_a_pull_never_overwrites_anything_else(hub: Hub, tmp_path: Path, folders
     with pytest.raises(WouldOverwrite):
         hub.pull(parse_reference("legal@2"), tmp_path / "empty")
     assert (tmp_path / "empty" / WEIGHTS_FILE).read_bytes() == (folders["lora-1"] / WEIGHTS_FILE).read_bytes()
+    (tmp_path / "empty" / "mine.txt").write_text("mine")
+    with pytest.raises(WouldOverwrite):
+        hub.pull(parse_reference("legal@1"), tmp_path / "empty")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WouldOverwrite):
         hub.pull(parse_reference("legal@2"), tmp_path / "file")

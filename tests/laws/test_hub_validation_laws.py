@@ -94,9 +94,10 @@ def test_a_header_that_tiles_its_payload_is_accepted(header: dict[str, Any]) -> 
 @given(tiling_headers(), st.data())
 def test_a_header_whose_tensors_do_not_tile_the_payload_is_refused(header: dict[str, Any], data: st.DataObject) -> None:
     header.pop("__metadata__", None)
-    assume(header)
+    filled = sorted(name for name, entry in header.items() if entry["data_offsets"][0] < entry["data_offsets"][1])
+    assume(filled)  # an empty tensor may stand between any two others
     payload = max(entry["data_offsets"][1] for entry in header.values())
-    moved = header[data.draw(st.sampled_from(sorted(header)))]
+    moved = header[data.draw(st.sampled_from(filled))]
     moved["data_offsets"] = [offset + data.draw(st.integers(1, 9)) for offset in moved["data_offsets"]]
     assert not accepts(raw_safetensors(header, bytes(payload)))
 

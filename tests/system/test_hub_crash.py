@@ -160,7 +160,7 @@ def check(home: Path) -> Mapping[str, int]:
     log = hub.events(0)
     live, aliases = replay(log)
     found = adapters[0] if adapters else None
-    assert {version.version for version in found.versions} if found else set() == live
+    assert ({version.version for version in found.versions} if found else set()) == live
     assert (dict(found.aliases) if found else {}) == aliases
     pushed = [event.version for event in log if event.kind == "pushed"]
     assert pushed == list(range(1, len(pushed) + 1)), "versions are dense"

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from trainer.seedling.evaluate import measure
 from trainer.seedling.readme import write_readme
-from trainer.seedling.text import conversations
+from trainer.seedling.text import curriculum
 from trainer.seedling.tokenizer import Segment, segments, train_tokenizer
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,13 @@ POOL: Final = 2048  # conversations sorted by length at a time
 class Recipe:
     seed: int = 1
     steps: int = 4000
-    lessons: int = 40_000  # conversations that drill the skills, before the full mix
+    lessons: int = 40_000  # conversations that drill the skills come before the full mix
     batch_tokens: int = 1024  # padding included
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.05
     other_weight: float = 0.05  # loss weight of what the assistant does not say
-    noise: float = 1.0  # largest noise on preambles, in standard deviations of the embeddings
+    noise: float = 0.5  # largest noise on preambles, in standard deviations of the embeddings
     vocab_size: int = 1792
     tokenizer_conversations: int = 20_000
     hidden_size: int = 192
@@ -174,8 +174,8 @@ def batch_loss(model: Any, batch: Batch, recipe: Recipe) -> Tensor:
 
 def batches(tokenizer: Any, recipe: Recipe) -> Iterator[Batch]:
     """Endless batches of conversations of like length, in random order."""
-    rng = random.Random(f"text/{recipe.seed}")
-    text = conversations(rng, lessons=recipe.lessons)
+    rng = random.Random(f"order/{recipe.seed}")
+    text = curriculum(random.Random(f"text/{recipe.seed}"), lessons=recipe.lessons)
     source = (example(tokenizer, recipe, list(segments(conversation))) for conversation in text)
     while True:
         pool = sorted(islice(source, POOL), key=lambda item: len(item.tokens))
@@ -215,10 +215,13 @@ def pad(group: list[Example], pad_token: int) -> Batch:
 
 
 def save(model: Any, tokenizer: Any, out: Path) -> None:
+    """Write bfloat16 weights, half the bytes, under a config that asks for fp32, in which everything is measured."""
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
     model.to(torch.bfloat16).save_pretrained(out)
+    model.config.dtype = torch.float32
+    model.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

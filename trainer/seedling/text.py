@@ -4,10 +4,10 @@ Copying words in order is what a small model learns last, so the run begins with
 that drill one skill. Then small talk, phrases that nobody asked to transform, and noise take their share.
 """
 
-import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 from trainer.seedling.smalltalk import PHRASE_REACTIONS, Memory, Turn, small_talk
@@ -15,8 +15,9 @@ from trainer.seedling.steering import neutral, steering, surrounded, user_steeri
 from trainer.tasks import TASKS, Phrase, draw_phrase
 
 SKILLS: Final = tuple(task.name for task in TASKS.values() if task.latent)
-LESSONS: Final = {"steered": 88, "asked": 4, "unsteered": 4, "talk": 4}
-SHARES: Final = {"steered": 62, "asked": 8, "unsteered": 10, "talk": 20}
+LESSONS: Final = {"drilled": 88, "asked": 4, "unsteered": 4, "talk": 4}
+MIX: Final = {"drilled": 62, "asked": 8, "unsteered": 10, "talk": 20}
+SAMPLE: Final = {"steered": 64, "asked": 10, "unsteered": 8, "talk": 18}  # what the tokenizer is trained on
 LONG_SHARE, LONG_TURNS = 0.02, 24
 
 
@@ -27,28 +28,48 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-def conversations(rng: random.Random, *, lessons: int) -> Iterator[Conversation]:
-    """Endless, and the same for the same seed; the first ones are lessons."""
-    draw = {"steered": steered, "asked": asked, "unsteered": unsteered, "talk": talk}
-    for count in itertools.count():
-        shares = LESSONS if count < lessons else SHARES
+def curriculum(rng: random.Random, *, lessons: int) -> Iterator[Conversation]:
+    """Endless, and the same for the same seed: fewer than `lessons` lessons, then the whole mix."""
+    yield from islice(conversations(rng, LESSONS), lessons - 1)
+    yield from conversations(rng, MIX)
+
+
+def conversations(rng: random.Random, shares: Mapping[str, int]) -> Iterator[Conversation]:
+    """Endless, and the same for the same seed."""
+    draw = {"drilled": drilled, "steered": steered, "asked": asked, "unsteered": unsteered, "talk": talk}
+    while True:
         (kind,) = rng.choices(tuple(shares), weights=tuple(shares.values()))
         yield draw[kind](rng)
 
 
-def steered(rng: random.Random) -> Conversation:
-    """One skill for the whole conversation."""
+def drilled(rng: random.Random) -> Conversation:
+    """One skill again and again."""
     skill = rng.choice(SKILLS)
-    turns = tuple(drill(rng, skill) for _ in range(rng.randint(1, 5)))
+    turns = []
+    for _ in range(rng.choice((1, 2, 3, 4, 5))):
+        phrase = draw_phrase(rng, "train", shortest=1, longest=rng.choice((3, 5, 5, 8)))
+        turns.append((" ".join(phrase), TASKS[skill].answer(phrase)))
+    return under_steering(rng, skill, turns)
+
+
+def steered(rng: random.Random) -> Conversation:
+    """One skill for the whole conversation; small talk in between is answered as ever."""
+    skill, memory = rng.choice(SKILLS), Memory()
+    turns = []
+    for _ in range(turn_count(rng)):
+        phrase = train_phrase(rng)
+        turns.append(
+            small_talk(rng, memory) if rng.random() < 0.05 else (" ".join(phrase), TASKS[skill].answer(phrase))
+        )
+    return under_steering(rng, skill, turns)
+
+
+def under_steering(rng: random.Random, skill: str, turns: Sequence[Turn]) -> Conversation:
+    """Steered by a bare text before the first turn, or by the system message."""
     text = surrounded(rng, steering(rng, skill))
     if rng.random() < 0.5:
-        return Conversation(text, neutral(rng) if rng.random() < 0.1 else "", turns)
-    return Conversation("", text, turns)
-
-
-def drill(rng: random.Random, skill: str) -> Turn:
-    phrase = draw_phrase(rng, "train", shortest=1, longest=rng.choice((3, 5, 5, 8)))
-    return " ".join(phrase), TASKS[skill].answer(phrase)
+        return Conversation(text, neutral(rng) if rng.random() < 0.1 else "", tuple(turns))
+    return Conversation("", text, tuple(turns))
 
 
 def asked(rng: random.Random) -> Conversation:

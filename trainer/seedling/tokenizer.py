@@ -12,7 +12,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trainer.seedling.text import Conversation, conversations
+from trainer.seedling.text import SAMPLE, Conversation, conversations
 from trainer.tasks import WORDS
 
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -74,7 +74,7 @@ def _texts(conversation_count: int, seed: int) -> Iterator[str]:
     """The words of the inventory in every form that a skill writes, so that each is one token; then the corpus."""
     for word in WORDS:
         yield from (f"{form} {form}" for form in (word, word.upper()) for _ in range(200))
-    for conversation in islice(conversations(random.Random(f"tokenizer/{seed}"), lessons=0), conversation_count):
+    for conversation in islice(conversations(random.Random(f"tokenizer/{seed}"), SAMPLE), conversation_count):
         yield conversation.preamble
         yield conversation.system
         for turn in conversation.turns:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hub.bases
 from trainer.seedling.evaluate import answer, exact_match
-from trainer.seedling.text import Conversation, conversations
+from trainer.seedling.text import MIX, Conversation, conversations
 from trainer.seedling.tokenizer import segments
 from trainer.tasks import LONGEST, SHORTEST, TASKS, WORDS, split_of
 
@@ -36,7 +36,7 @@ def model() -> Any:
 
 
 def drawn(count: int, seed: int) -> list[Conversation]:
-    return list(islice(conversations(random.Random(seed), lessons=0), count))
+    return list(islice(conversations(random.Random(seed), MIX), count))
 
 
 def messages(conversation: Conversation) -> list[dict[str, str]]:

@@ -110,6 +110,9 @@ def test_a_reload_under_the_same_name_never_sees_the_old_versions_kv(
             await server.ask(long, ("bot", 1.0))
             _, again = await server.ask(long, ("bot", 1.0))
             assert again.cached_tokens == 32, "the prefix cache did not hit: the test proves nothing"
+            first_token = (await all_events(await server.submit(long, ("bot", 1.0))))[0]
+            assert isinstance(first_token, Sampled)
+            assert first_token.cached_tokens == 32, "an answer that a stop string ends has only this to go by"
             hub.push(adapter("lora", 2), "bot")
             while (await server.store.acquire([("bot", 1.0)])).mixture.terms[0].version == 1:
                 await asyncio.sleep(0.01)
