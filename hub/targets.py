@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
@@ -92,10 +93,12 @@ def pattern_complaint(pattern: str, *, max_repeats: int = MAX_REPEATS) -> str | 
     if len(pattern) > MAX_PATTERN_CHARACTERS:
         return f"a pattern of {len(pattern)} characters is above the limit of {MAX_PATTERN_CHARACTERS}"
     try:
-        repeats = _repeats(parser.parse(pattern))
-        for context in _CONTEXTS:
-            re.compile(context.format(pattern))
-    except (re.error, RecursionError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # syntax that a later Python will read otherwise
+            repeats = _repeats(parser.parse(pattern))
+            for context in _CONTEXTS:
+                re.compile(context.format(pattern))
+    except (re.error, RecursionError, OverflowError, FutureWarning) as error:
         return f"{printable(pattern)} is no regular expression: {error}"
     except _Backtracks as error:
         return f"the pattern {printable(pattern)} could take for ever: {error}"

@@ -103,6 +103,7 @@ def serve(
             served_name=served_name,
         ),
     )
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see docs/decisions/0009
     from server.errors import StartupRefused
     from server.main import run
 

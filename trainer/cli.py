@@ -1,6 +1,7 @@
 """`hub train`: a recipe or flags in, an adapter folder or a version in the hub out. No torch until it trains."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -130,6 +131,7 @@ def run(
 
     report = terminal_reporter()
     report.note("loading the libraries")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see docs/decisions/0009
     quiet_libraries()
     from trainer.train import Workshop, train
 

@@ -76,7 +76,7 @@ def test_what_we_accept_the_safetensors_library_accepts(header: Any, payload: in
         ends = [
             entry["data_offsets"][-1] for entry in declared.values() if isinstance(entry, dict) and "shape" in entry
         ]
-        payload = max((end for end in ends if type(end) is int and end < 1000), default=0)
+        payload = max((end for end in ends if type(end) is int and 0 <= end < 1000), default=0)
     data = raw_safetensors(declared, bytes(payload))
     if accepts(data):
         safetensors.deserialize(data)

@@ -1,5 +1,6 @@
 """`hub demo` on the command line. No torch until it runs."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="The server's port; 0 takes a free one.")] = 0,
 ) -> None:
     """Train, push, serve, swap, compare and fuse on the embedded base: minutes, no network, no GPU."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see docs/decisions/0009
     from clients.errors import ClientError
     from trainer.demo.command import run_demo
     from trainer.errors import TrainError

@@ -88,7 +88,7 @@ async def show_all(console: Console, hub: Hub, url: str, versions: list[Version]
         await side_by_side(console, client, versions, asked(rows[0]))
         await swap(console, hub, client, versions, better, asked(rows[1]))
         final = [*versions[:-1], better]
-        await compare(console, client, final)
+        await compare(console, client, final, old=versions[-1])
         await fuse(console, client, final, asked(rows[2]))
     finally:
         await client.close()
@@ -162,11 +162,14 @@ async def until(condition: Callable[[], bool], streams: Sequence[asyncio.Task[No
         await asyncio.sleep(0.02)
 
 
-async def compare(console: Console, client: Client, versions: Sequence[Version]) -> None:
+async def compare(console: Console, client: Client, versions: Sequence[Version], *, old: Version) -> None:
     """Held-out accuracy of base and adapters as served, and token by token against PEFT."""
     console.rule("[bold]4  As good as trained, and equal to PEFT")
     lines = [await measure(client, version) for version in versions]
-    console.print(results_table(lines, HELD_OUT))
+    before = await measure(client, old)
+    console.print(results_table([*lines[:-1], before, lines[-1]], HELD_OUT))
+    if before.served_accuracy >= lines[-1].served_accuracy:
+        raise DemoFailed(f"{old.label} answers as well as {versions[-1].label}, which was to be better")
     for line in lines:
         if line.served_accuracy < GATE or line.base_accuracy > CEILING or line.equal_to_peft < line.compared:
             raise DemoFailed(

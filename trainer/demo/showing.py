@@ -51,15 +51,18 @@ def streams_table(texts: Mapping[str, str], phrase: str) -> Table:
     """Every model's text as it grows, side by side."""
     table = Table(title=f'the same question to all of them, in one batch: "{phrase}"', expand=True)
     for model in texts:
-        table.add_column(model, overflow="fold", ratio=1)
+        table.add_column(model.removeprefix("demo/"), overflow="fold", ratio=1)
     table.add_row(*texts.values())
     return table
 
 
 def results_table(lines: Sequence[Line], rows: int) -> Table:
-    table = Table(title=f"{rows} unseen items each, over HTTP")
-    for column in ("adapter", "kind", "bytes", "parameters", "base", "served", "equal to PEFT, token by token"):
-        table.add_column(column, justify="left" if column in ("adapter", "kind") else "right")
+    table = Table(
+        title=f"{rows} unseen items each, over HTTP",
+        caption="= PEFT: prompts to which PEFT alone gives the same answer, token by token",
+    )
+    for column in ("adapter", "kind", "bytes", "parameters", "base", "served", "= PEFT"):
+        table.add_column(column, justify="left" if column in ("adapter", "kind") else "right", no_wrap=True)
     for line in lines:
         table.add_row(
             line.version.label,

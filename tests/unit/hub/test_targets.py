@@ -77,7 +77,7 @@ def test_patterns_as_people_write_them_are_accepted(pattern: str) -> None:
 @pytest.mark.parametrize(
     "pattern",
     [r"(a+)+$", r"(a|a)*b", r"(.*a){30}", r"(?=.*x).*", r"(a)\1", "(", "[", "a**", ".*" * 6, "x" * 2001,
-     r"(?:(?:a?){30}){30}", "(?P<idx>x)", "a)|(b", "(" * 500],
+     r"(?:(?:a?){30}){30}", "(?P<idx>x)", "a)|(b", "(" * 500, "[[a]]"],
 )  # fmt: skip
 def test_a_pattern_that_could_take_for_ever_is_never_tried(pattern: str) -> None:
     assert pattern_complaint(pattern) is not None
