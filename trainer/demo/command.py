@@ -105,6 +105,7 @@ async def side_by_side(console: Console, client: Client, versions: Sequence[Vers
             live.update(streams_table(texts, phrase))
 
         await asyncio.gather(*(client.stream(model, phrase, partial(grow, model)) for model in models))
+    console.print()  # rich leaves the cursor on the table's last line where no terminal is
 
 
 async def swap(
