@@ -18,6 +18,7 @@ from trainer.errors import RecipeInvalid
 from trainer.methods import METHODS, Method, Options
 
 SCHEMA_VERSION: Final = 1
+DEFAULT_EPOCHS: Final = 3.0
 MAX_STEPS: Final = 1_000_000
 RECORD_FIELDS: Final = ("schema_version", "versions")  # of recipe.json, beside the recipe's own
 
@@ -67,7 +68,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def the_method_decides_options_and_rate(cls, value: Any) -> Any:
-        """Read `options` by the method's own model, and take its learning rate where none is given."""
+        """Read `options` by the method's own model; take its learning rate, and a few epochs, where none are given."""
         if not isinstance(value, Mapping) or value.get("method") not in METHODS:
             return value
         method = METHODS[value["method"]]
@@ -75,14 +76,14 @@ class Recipe(BaseModel):
         if options is None or isinstance(options, Mapping):
             options = method.options.model_validate(dict(options or {}))
         rate = value.get("learning_rate")
-        return {**value, "options": options, "learning_rate": method.learning_rate if rate is None else rate}
+        open_ended = value.get("steps") is None and value.get("epochs") is None
+        length = {"epochs": DEFAULT_EPOCHS} if open_ended else {}
+        return {**value, **length, "options": options, "learning_rate": method.learning_rate if rate is None else rate}
 
     @model_validator(mode="after")
     def steps_or_epochs(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
-        if self.steps is None and self.epochs is None:
-            raise ValueError("give steps or epochs: there is no default length of training")
         return self
 
 

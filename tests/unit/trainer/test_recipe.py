@@ -20,6 +20,11 @@ def test_the_least_recipe_takes_the_methods_defaults() -> None:
     assert recipe.data.path == "rows.jsonl"
 
 
+def test_a_recipe_without_a_length_goes_through_the_data_three_times() -> None:
+    recipe = parse_recipe({**LEAST, "steps": None}, "test")
+    assert (recipe.steps, recipe.epochs) == (None, 3.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -34,7 +39,7 @@ def test_the_least_recipe_takes_the_methods_defaults() -> None:
         ({"steps": 10**9}, "steps is 1000000000: input should be less than or equal to 1000000"),
         ({"batch_size": 0}, "batch_size is 0: input should be greater than or equal to 1"),
         ({"epochs": 2}, "give steps or epochs, not both"),
-        ({"steps": None}, "give steps or epochs: there is no default"),
+        ({"steps": None, "epochs": 0}, "epochs is 0: input should be greater than 0"),
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"method": "prompt", "options": {"init": "text"}}, "init: text and init_text go together"),
         ({"method": "prompt", "options": {"init_text": "hi"}}, "init: text and init_text go together"),
