@@ -48,7 +48,7 @@ class Conversation:
 
     def _note_adapters(self, chunk: Mapping[str, Any]) -> None:
         if "adapters" in chunk:
-            terms = [f"{one['name']}@{one['version']}" if "name" in one else one["ref"] for one in chunk["adapters"]]
+            terms = [f"{str(one['ref']).partition('@')[0]}@{one['version']}" for one in chunk["adapters"]]
             self.served_by = " + ".join(terms) or "the bare base"
 
 
