@@ -104,10 +104,11 @@ def random_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, i
         PromptTuningConfig,
         get_peft_model,
     )
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hub.base import find_base
 
+    tokenizer = AutoTokenizer.from_pretrained(find_base(BASE))
     made: dict[tuple[str, int], Path] = {}
     common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     configs: dict[str, Callable[[], Any]] = {
@@ -129,9 +130,12 @@ def random_adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, i
             for name, parameter in peft_model.named_parameters():
                 if parameter.requires_grad:
                     parameter.data += (0.3 if "lora" in name else 1.0) * torch.randn_like(parameter)
-            if kind == "prompt":  # noise would go unheard; words do not
-                words = torch.randint(100, model.config.vocab_size, (9,))
-                peft_model.prompt_encoder.default.embedding.weight.data = model.get_input_embeddings().weight[words]
+            if kind == "prompt":  # noise would go unheard; the words that steer a latent skill do not
+                skill = ("reverse", "shout", "echo", "double")[seed % 4]
+                words = tokenizer(f"Mode: {skill}." + f" {skill}" * 9)["input_ids"][:9]
+                table = peft_model.prompt_encoder.default.embedding.weight
+                table.data = model.get_input_embeddings().weight[torch.tensor(words)].clone()
+                assert len(table) == 9
             folder = tmp_path_factory.mktemp(f"{kind}-{seed}")
             peft_model.save_pretrained(folder)
             (folder / "README.md").unlink(missing_ok=True)
