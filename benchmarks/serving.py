@@ -165,8 +165,8 @@ def run(rounds: int, room: Path) -> dict[str, Any]:
     results: dict[str, list[Round]] = {}
     with serving(str(base), room / "server.log") as url:
         fused = [f"{one}*0.5+{other}*0.5" for one, other in zip(names, names[1:] + names[:1], strict=True)]
-        loads = {"base": [str(base)], "1 adapter": names[:1], "16 adapters": names, "16 fusions of two": fused}
-        asyncio.run(load(url, [str(base), *names], 999))  # everything resident and warm
+        loads = {"base": [base.name], "1 adapter": names[:1], "16 adapters": names, "16 fusions of two": fused}
+        asyncio.run(load(url, [base.name, *names], 999))  # everything resident and warm
         for number in range(rounds):
             for label, models_ in loads.items():
                 results.setdefault(label, []).append(asyncio.run(load(url, models_, number)))

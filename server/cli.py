@@ -25,7 +25,9 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _MODEL.device,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = _HTTP.host,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = _HTTP.port,
-    served_name: Annotated[str | None, typer.Option(help="The base's id in requests (default: as --base).")] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="The base's id in requests (default: as --base, of a folder its name).")
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of one request, prompt and answer (default: the base's).", min=1)
     ] = None,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import transformers
@@ -44,6 +45,7 @@ DRAIN_POLL_S = 0.05
 @dataclass(frozen=True)
 class Server:
     config: ServerConfig
+    base_id: str
     engine: EngineLoop
     adapters: AdapterStore
     app: FastAPI
@@ -55,7 +57,7 @@ def build(config: ServerConfig, hub: Hub) -> Server:
         torch.set_num_threads(config.engine.threads)
     try:
         folder = find_base(config.model.base)
-        base = describe_base(folder, name=config.model.base)
+        base = describe_base(folder, name=config.http.served_name or _public_name(config.model.base))
     except HubError as error:
         raise StartupRefused(str(error)) from error
     tokenizer = load_tokenizer(folder)
@@ -79,7 +81,7 @@ def build(config: ServerConfig, hub: Hub) -> Server:
         adapters=adapters,
         tokenizer=tokenizer,
         config=config.http,
-        base_id=config.http.served_name or base.name,
+        base_id=base.name,
         metrics=metrics,
         info=ServerInfo(
             version=version("multigraft"),
@@ -96,7 +98,12 @@ def build(config: ServerConfig, hub: Hub) -> Server:
         ),
         adapter_cache_bytes=config.adapters.cache_bytes,
     )
-    return Server(config, engine, adapters, app)
+    return Server(config, base.name, engine, adapters, app)
+
+
+def _public_name(base: str) -> str:
+    """What the base is called in requests and answers: never a path of this machine."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def run(config: ServerConfig) -> None:
@@ -138,7 +145,7 @@ async def _serve(server: Server) -> None:
     watching = asyncio.create_task(server.adapters.watch())
     draining = asyncio.create_task(_drain(server, stopping, uvicorn_server))
     host, port = socket.getsockname()[:2]
-    print(f"Multigraft serves {server.config.model.base} on http://{host}:{port}", flush=True)  # noqa: T201
+    print(f"Multigraft serves {server.base_id} on http://{host}:{port}", flush=True)  # noqa: T201
     await uvicorn_server.serve(sockets=[socket])
     for task in (watching, draining):
         task.cancel()

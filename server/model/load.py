@@ -9,7 +9,6 @@ transformers only logs a warning for architectures that ignore the interface, an
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,8 +192,3 @@ def _end_ids(stock: nn.Module) -> frozenset[int]:
     if ids is None:
         ids = stock.config.eos_token_id  # type: ignore[union-attr]
     return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
-
-
-def with_context(facts: BaseFacts, limit: int | None) -> BaseFacts:
-    """The facts with a shorter context, when asked for one."""
-    return facts if limit is None else replace(facts, context=min(limit, facts.context))
