@@ -75,6 +75,25 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
 
 @given(seeds, ranks, tokens)
 @SETTINGS
+def test_a_site_equals_its_equation(seed: int, sizes: list[int], count: int) -> None:
+    """y = s_out * W (s_in * x) + sum g B A x + sum g b + base bias, by the plain loops."""
+    rng = random(seed)
+    values = [some_site(rng, rank) for rank in sizes]
+    x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
+    base_bias = torch.randn(OUT, generator=rng)
+    gates = some_gates(rng, count, len(values))
+    ins = [(k, v.scale_in) for k, v in enumerate(values) if v.scale_in]
+    outs = [(k, v.scale_out) for k, v in enumerate(values) if v.scale_out]
+    lows = [(k, v.lowrank) for k, v in enumerate(values) if v.lowrank]
+    biases = [(k, v.bias) for k, v in enumerate(values) if v.bias]
+    y = scale.apply_loop(F.linear(scale.apply_loop(x, gates, ins), weight), gates, outs)
+    y = bias.apply_loop(lowrank.apply_loop(y, x, gates, lows), gates, biases) + base_bias
+    got = run_site(x, gates, values, weight, base_bias)
+    torch.testing.assert_close(got, y, atol=TOLERANCE * 100, rtol=TOLERANCE * 10)
+
+
+@given(seeds, ranks, tokens)
+@SETTINGS
 def test_a_zero_gate_is_bit_identical_to_no_adapter(seed: int, sizes: list[int], count: int) -> None:
     rng = random(seed)
     values = [some_site(rng, rank) for rank in sizes]
