@@ -13,6 +13,16 @@ from server.policy.schedule import VIRTUAL_TOKEN, Scheduler, Sequence, Step
 
 BLOCK_SIZE = 4
 CONTEXT = 24  # the longest request: prompt, virtual and new tokens
+VIRTUAL_OF = {"": 0, "a": 0, "b": 3, "c": 5}  # one mixture has one prefix
+
+# (zeros that many prompts begin with, tokens of its own, mixture, new tokens, may reuse)
+requests = st.tuples(
+    st.sampled_from([0, 4, 8, 9]),
+    st.lists(st.integers(0, 1), min_size=1, max_size=5),
+    st.sampled_from(sorted(VIRTUAL_OF)),
+    st.integers(1, 5),
+    st.sampled_from([True, True, True, False]),
+)
 
 
 class SchedulerLaws(RuleBasedStateMachine):
@@ -27,21 +37,16 @@ class SchedulerLaws(RuleBasedStateMachine):
         self.next_id = 0
         self.content: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # (block, offset) -> (salt, text so far)
 
-    @rule(
-        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14),
-        virtual=st.integers(0, 5),
-        new=st.integers(1, 5),
-        salt=st.sampled_from(["", "a", "b"]),
-        reuse=st.booleans(),
-    )
-    def arrive(self, prompt: list[int], virtual: int, new: int, salt: str, reuse: bool) -> None:
-        virtual = {"": 0, "a": virtual and 3, "b": virtual and 5}[salt]  # one mixture has one prefix
-        salt = f"{salt}{virtual}"
-        assert virtual + len(prompt) + new <= CONTEXT
-        self.next_id += 1
-        sequence = Sequence(self.next_id, list(prompt), len(prompt), new, salt=salt, virtual=virtual, reuse=reuse)
-        self.open[sequence.id] = sequence
-        self.scheduler.add(sequence)
+    @rule(requests=st.lists(requests, min_size=1, max_size=3))
+    def arrive(self, requests: list[tuple[int, list[int], str, int, bool]]) -> None:
+        for head, tail, salt, new, reuse in requests:
+            virtual = VIRTUAL_OF[salt]
+            prompt = [0] * head + tail
+            assert virtual + len(prompt) + new <= CONTEXT
+            self.next_id += 1
+            sequence = Sequence(self.next_id, prompt, len(prompt), new, salt=salt, virtual=virtual, reuse=reuse)
+            self.open[sequence.id] = sequence
+            self.scheduler.add(sequence)
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -54,6 +59,7 @@ class SchedulerLaws(RuleBasedStateMachine):
         lengths = {id_: len(s.tokens) for id_, s in self.open.items()}
         step = self.scheduler.plan()
         assert step.tokens <= self.budget
+        assert all(chunk.count > 0 for chunk in step.chunks), "a chunk without a token has no logits to draw from"
         assert len(self.scheduler.running) <= self.scheduler.max_running
         assert bool(step.chunks) == bool(self.open), "open requests and nothing planned, or the other way round"
         self.write(step)
@@ -98,7 +104,7 @@ class SchedulerLaws(RuleBasedStateMachine):
         assert all(self.pool._owners[block] == owners[block] for block in range(self.pool.total))
 
 
-SchedulerLaws.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+SchedulerLaws.TestCase.settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
 TestSchedulerLaws = SchedulerLaws.TestCase
 
 
