@@ -253,7 +253,8 @@ def stop_on_signals() -> Iterator[Event]:
     def handle(number: int, frame: object) -> None:
         stop.set()
         restore()
-        print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)  # noqa: T201
+        # Not print: the signal may come while stderr is being written, and its buffer cannot be entered twice.
+        os.write(sys.stderr.fileno(), b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     def restore() -> None:
         for number, handler in former.items():
