@@ -18,6 +18,7 @@ from trainer.train import TrainResult, Workshop, train
 
 BASE: Final = "seedling"
 KINDS: Final = ("prompt", "prefix", "ia3", "lora")  # the last gets a better version while streams run
+THREADS: Final = 1  # a network this small waits longer for a second thread than it gains by it
 FIRST_TRY: Final = 0.15  # of the last one's steps: enough to answer, not enough to answer well
 
 
@@ -65,7 +66,7 @@ def first_try(lesson: Lesson) -> Lesson:
 
 def learn(lesson: Lesson, folder: Path, hub: Hub, report: Reporter, *, note: str) -> Version:
     """Train and push; the note stands in the hub's log."""
-    result = train(lesson.recipe, folder, workshop=Workshop(existing="overwrite"), report=report)
+    result = train(lesson.recipe, folder, workshop=Workshop(existing="overwrite", threads=THREADS), report=report)
     pushed = hub.push(folder, lesson.name, note=note, base=find_base(lesson.recipe.base))
     return Version(lesson, folder, result, pushed)
 
