@@ -144,7 +144,7 @@ def test_what_is_unknown_or_no_reference_is_said_so(
             assert isinstance(unknown, ModelNotFound)
             assert "support-bot" in unknown.message
             assert isinstance(await refused(server, ("support-bot@7", 1.0)), ModelNotFound)
-            for text in ("../etc/passwd", "/tmp/x", "a b", "", "support-bot@"):
+            for text in ("../etc/passwd", "/etc/x", "a b", "", "support-bot@"):
                 assert isinstance(await refused(server, (text, 1.0)), InvalidValue)
 
     run(work())
