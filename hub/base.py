@@ -174,14 +174,6 @@ def name_of(folder: Path, declared: str | None = None) -> str:
     return (declared or str(folder.resolve())).rstrip("/").rpartition("/")[2]
 
 
-def tensor_shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
-    """Every tensor of the checkpoint, single or sharded, under its stored name.
-
-    Raises: BaseUnusable.
-    """
-    return {entry.name: entry.shape for entry in _entries(folder)}
-
-
 def modules(folder: Path) -> Modules:
     """The modules of the base under the names that they have in the loaded causal LM.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Row
 
-from hub.contract import LATEST, Adapter, Event, EventKind, Pushed, Resolved, Version
+from hub.contract import LATEST, Adapter, Event, EventKind, Pushed, Resolved, Version, places
 from hub.errors import AliasMoved, BadReference, InUse, NotFound
 from hub.ref import Reference, printable
 from hub.schema import aliases, events, files, leases, manifests, reading, versions, writing
@@ -117,10 +117,10 @@ class Catalogue:
         with writing(self._engine) as connection:
             if self._alias(connection, name, alias) is None:
                 raise NotFound(f"{name} has no alias {alias}")
-            places = _places(self._events(connection, events.c.name == name), alias)
-            if len(places) < 2:
-                raise NotFound(f"alias {alias} of {name} has been nowhere before {name}@{places[-1]}")
-            before = places[-2]
+            been = places(self._events(connection, events.c.name == name), alias)
+            if len(been) < 2:
+                raise NotFound(f"alias {alias} of {name} has been nowhere before {name}@{been[-1]}")
+            before = been[-2]
             try:
                 self._live_digest(connection, name, before)
             except NotFound as error:
@@ -308,20 +308,6 @@ class Catalogue:
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).isoformat()
-
-
-def _places(history: Iterable[Event], alias: str) -> list[int]:
-    """Where an alias has been, as a stack: a move puts a place on it, a rollback takes one off."""
-    stack: list[int] = []
-    for event in history:
-        if event.kind == "removed" and stack[-1:] == [event.version]:
-            stack.clear()  # `latest` went away with the last version of its name
-        elif event.kind == "alias_moved" and event.alias == alias:
-            if event.rollback:
-                stack.pop()
-            else:
-                stack.append(event.version)
-    return stack
 
 
 def _place(version: int | None) -> str:

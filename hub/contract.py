@@ -6,7 +6,7 @@ are one version; an alias moves only by compare-and-set, and every move is an ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -214,3 +214,17 @@ class Hub(Protocol):
     def events(self, after: int) -> list[Event]:
         """Every event with a larger number, in order."""
         ...
+
+
+def places(history: Iterable[Event], alias: str) -> list[int]:
+    """Where an alias has been, as a stack: a move puts a place on it, a rollback takes one off."""
+    stack: list[int] = []
+    for event in history:
+        if event.kind == "removed" and stack[-1:] == [event.version]:
+            stack.clear()  # `latest` went away with the last version of its name
+        elif event.kind == "alias_moved" and event.alias == alias:
+            if event.rollback:
+                stack.pop()
+            else:
+                stack.append(event.version)
+    return stack

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, ParamSpec, TypeVar
@@ -16,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hub.base import Base
-from hub.contract import Event, Hub
+from hub.contract import Event, Hub, places
 from hub.errors import BadReference, Corrupt, HubError, NotFound
 from hub.manifest import GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE, WEIGHTS_FILE, Manifest
 from hub.ref import Reference, parse_reference
@@ -109,6 +110,15 @@ class Source:
         except HubError as error:
             raise _server_error(text, error) from error
         return Resolution(found.name, found.version, found.digest, found.alias)
+
+    def earlier(self, name: str, alias: str) -> Sequence[Resolution]:
+        """Where an alias was before, the latest place first, without what was removed. Raises: AdapterUnavailable."""
+        been = places(_translate(name, self._hub.log, name), alias)
+        found = []
+        for version in dict.fromkeys(reversed(been[:-1])):
+            with suppress(ModelNotFound):
+                found.append(self.resolve(f"{name}@{version}"))
+        return found
 
     def fetch(self, resolution: Resolution) -> Artifact:
         """Read and verify everything of one version. Raises: AdapterIncompatible, AdapterUnavailable."""

@@ -221,10 +221,27 @@ class AdapterStore:
             resolution = pointer.serving
         else:
             resolution = await asyncio.to_thread(self._source.resolve, reference)
-        resident = await self._ensure(resolution)
+        try:
+            resident = await self._ensure(resolution)
+        except (AdapterIncompatible, AdapterUnavailable) as error:
+            if key is None:
+                raise
+            resident, resolution = await self._ensure_earlier(key, error)
         if key and key not in self._pointers:
             self._pointers[key] = Pointer(resolution)
         return resident, resolution
+
+    async def _ensure_earlier(self, key: tuple[str, str], error: ServerError) -> tuple[Resident, Resolution]:
+        """What an alias serves when its version fails and none before it is at work here: where the alias was before.
+
+        So a server that starts now answers as those that saw the alias move. Raises: `error`, when nothing does better.
+        """
+        for resolution in await asyncio.to_thread(self._source.earlier, *key):
+            with suppress(AdapterIncompatible, AdapterUnavailable):
+                resident = await self._ensure(resolution)
+                log.error("%s@%s points to a version that fails; %s serves: %s", *key, resolution.label, error.message)
+                return resident, resolution
+        raise error
 
     async def _ensure(self, resolution: Resolution) -> Resident:
         """The graft of a digest, leased once for the caller. Raises: ServerError."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hub.base import Linear, describe_base, find_base, find_local_base, modules, name_of, tensor_shapes
+from hub.base import Linear, describe_base, find_base, find_local_base, modules, name_of
 from hub.errors import BaseNotFound, BaseUnusable
 from tests.unit.hub.makers import HIDDEN, INNER, VOCAB, base_tensors, write_base
 
@@ -98,11 +98,11 @@ def test_sharded_weights_are_read_shard_by_shard(base: Path, tmp_path: Path) -> 
         save_file({name: tensors[name] for name in inside}, folder / shard)
     index = {"weight_map": {name: shard for shard, inside in halves.items() for name in inside}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert tensor_shapes(folder) == tensor_shapes(base)
+    assert modules(folder) == modules(base)
     index["weight_map"]["x"] = "../../secret.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(BaseUnusable, match="no shard beside it"):
-        tensor_shapes(folder)
+        modules(folder)
 
 
 def test_a_base_of_pickles_is_refused(tmp_path: Path) -> None:

@@ -243,6 +243,12 @@ def test_an_alias_serves_the_old_version_until_the_new_one_has_proved_itself(
             while await version(server) != 1:
                 await asyncio.sleep(0.01)
             running.cancel()
+        hub.move_alias("bot", 2, "latest")
+        async with rig() as late:  # never saw a good version under this alias
+            assert await version(late) == 1
+            assert [status.tier for status in late.store.resident()] == ["device", "failed"]
+            with pytest.raises(AdapterUnavailable):
+                await late.store.acquire([("bot@2", 1.0)])
 
     run(work())
 
