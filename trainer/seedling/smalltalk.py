@@ -92,7 +92,7 @@ FIXED: Final[tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = (
     ),
     (
         ("Are you smart?", "Are you clever?", "How big are you?", "How many parameters do you have?"),
-        ("No, I am tiny. I have about two million parameters.",),
+        ("No, I am tiny. I have about three million parameters.",),
     ),
     (
         ("Thank you!", "Thanks!", "Thank you very much.", "Thanks a lot.", "Many thanks."),
