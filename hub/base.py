@@ -158,7 +158,7 @@ def describe_base(folder: Path, *, name: str | None = None) -> Base:
         vocab_size=_size(config, "vocab_size", folder),
         tokenizer=_tokenizer(folder),
     )
-    _check_against_weights(base, modules(folder), folder)
+    check_against_weights(base, modules(folder))
     return base
 
 
@@ -296,14 +296,14 @@ def _tokenizer(folder: Path) -> str | None:
         return sha256_of_stream(source)
 
 
-def _check_against_weights(base: Base, found: Modules, folder: Path) -> None:
-    """The config is what people edit; the weights are what runs."""
+def check_against_weights(base: Base, found: Modules) -> None:
+    """The config is what people edit; the weights are what runs. Raises: BaseUnusable."""
     for suffix, wanted in ((".q_proj", base.heads * base.head_dim), (".k_proj", base.kv_width)):
         for name, linear in found.linears.items():
             if name.endswith(suffix) and linear.outputs != wanted:
                 raise BaseUnusable(
-                    f"{_shown(folder)}: config.json gives {suffix[1:]} {wanted} outputs "
-                    f"(head_dim {base.head_dim}), but {name} has {linear.outputs}"
+                    f"base {printable(base.name)}: config.json gives {suffix[1:]} {wanted} outputs "
+                    f"(head_dim {base.head_dim}), but {printable(name)} has {linear.outputs}"
                 )
 
 

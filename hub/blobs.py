@@ -8,14 +8,16 @@ writes nothing, unless those that are there are damaged, and then it mends them.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
-from hub.digest import SHA256, check_sha256, chunks
+from hub.digest import CHUNK_BYTES, SHA256, check_sha256, chunks
 from hub.errors import Corrupt, NotFound
 
 
@@ -27,7 +29,15 @@ class BlobStore(Protocol):
         ...
 
     def stream(self, sha256: str) -> Iterator[bytes]:
-        """The bytes in pieces; Corrupt is raised before the end when they do not hash to their name."""
+        """The bytes in pieces; Corrupt is raised before the last when they do not hash to their name."""
+        ...
+
+    def adopt(self, path: Path, sha256: str) -> None:
+        """Store a local file, which is gone afterwards. The caller has hashed it."""
+        ...
+
+    def size(self, sha256: str) -> int | None:
+        """The bytes of a blob, or None when it is not stored."""
         ...
 
     def stored(self) -> Iterator[tuple[str, int]]:
@@ -43,9 +53,28 @@ class BlobStore(Protocol):
         ...
 
 
-def read_blob(store: BlobStore, sha256: str) -> bytes:
-    """A whole blob, re-hashed. Raises: NotFound, Corrupt."""
-    return b"".join(store.stream(sha256))
+def open_blob(store: BlobStore, sha256: str) -> BinaryIO:
+    """A blob as a file to be read once, in flat memory; reading to its end raises Corrupt when it is damaged."""
+    return io.BufferedReader(_Streamed(store.stream(sha256)), CHUNK_BYTES)
+
+
+class _Streamed(io.RawIOBase):
+    """Pieces of bytes as a file."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._left:
+            self._left = memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._left))
+        buffer[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
 
 
 class DirectoryBlobs:
@@ -58,7 +87,6 @@ class DirectoryBlobs:
             folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, source: BinaryIO, sha256: str) -> bool:
-        path = self._path(sha256)
         if self._is_whole(sha256):
             return False
         aside = self._tmp / uuid.uuid4().hex
@@ -72,25 +100,52 @@ class DirectoryBlobs:
                 os.fsync(target.fileno())
             if hasher.hexdigest() != sha256:
                 raise Corrupt(f"the bytes to store as {sha256} hash to {hasher.hexdigest()}")
-            path.parent.mkdir(exist_ok=True)
-            aside.replace(path)
-            flush_folder(path.parent)
-            flush_folder(self._root)
+            self._place(aside, sha256)
         finally:
             aside.unlink(missing_ok=True)
         return True
 
+    def adopt(self, path: Path, sha256: str) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._place(path, sha256)
+
+    def size(self, sha256: str) -> int | None:
+        try:
+            return self._path(sha256).stat().st_size
+        except FileNotFoundError:
+            return None
+
     def stream(self, sha256: str) -> Iterator[bytes]:
-        hasher = hashlib.sha256()
+        hasher, held = hashlib.sha256(), b""
         try:
             with self._path(sha256).open("rb") as source:
                 for chunk in chunks(source):
                     hasher.update(chunk)
-                    yield chunk
+                    if held:
+                        yield held
+                    held = chunk
         except FileNotFoundError as error:
             raise NotFound(f"blob {sha256} is not stored") from error
         if hasher.hexdigest() != sha256:
             raise Corrupt(f"blob {sha256} is damaged: its bytes hash to {hasher.hexdigest()}")
+        if held:
+            yield held
+
+    def touch(self, sha256: str) -> None:
+        """Note that a blob is used now."""
+        with suppress(FileNotFoundError):
+            os.utime(self._path(sha256))
+
+    def used_at(self, sha256: str) -> float:
+        """When a blob was last touched or stored, in seconds since the epoch; 0 when it is gone."""
+        try:
+            return self._path(sha256).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def stored(self) -> Iterator[tuple[str, int]]:
         for path in sorted(self._root.glob("??/*")):
@@ -107,6 +162,13 @@ class DirectoryBlobs:
                     path.unlink(missing_ok=True)
             except FileNotFoundError:
                 continue  # renamed into place meanwhile
+
+    def _place(self, aside: Path, sha256: str) -> None:
+        path = self._path(sha256)
+        path.parent.mkdir(exist_ok=True)
+        aside.replace(path)
+        flush_folder(path.parent)
+        flush_folder(self._root)
 
     def _path(self, sha256: str) -> Path:
         return self._root / check_sha256(sha256)[:2] / sha256

@@ -176,16 +176,18 @@ class Catalogue:
             raise NotFound(f"no adapter here has the digest {digest}")
         return body
 
-    def adapters(self) -> list[Adapter]:
-        """Every name with a live version, in order."""
+    def adapters(self, pattern: str | None) -> list[Adapter]:
+        """Every name with a live version that fits the pattern, in order."""
+        described = manifests.c.kind, manifests.c.bytes, manifests.c.base, manifests.c.fingerprint
         listed = (
-            sa.select(versions, manifests.c.kind, manifests.c.bytes)
+            sa.select(versions, *described)
             .join(manifests, manifests.c.digest == versions.c.digest)
-            .where(_LIVE)
+            .where(_LIVE, _fits(versions.c.name, pattern))
             .order_by(versions.c.name, versions.c.version)
         )
+        pointing = sa.select(aliases).where(_fits(aliases.c.name, pattern)).order_by(aliases.c.alias)
         with reading(self._engine) as connection:
-            pointers = connection.execute(sa.select(aliases).order_by(aliases.c.alias)).all()
+            pointers = connection.execute(pointing).all()
             rows = connection.execute(listed).all()
         found: dict[str, list[Version]] = {}
         for row in rows:
@@ -195,6 +197,19 @@ class Catalogue:
             targets[pointer.name][pointer.alias] = pointer.version
         return [Adapter(name, tuple(listing), targets[name]) for name, listing in found.items()]
 
+    def names_of(self, digest: str) -> list[str]:
+        """Every name that has a live version with this digest."""
+        with reading(self._engine) as connection:
+            named = sa.select(versions.c.name).where(versions.c.digest == digest, _LIVE).order_by(versions.c.name)
+            return list(connection.scalars(named))
+
+    def counts(self) -> tuple[int, int]:
+        """How many names, and how many versions, are live."""
+        with reading(self._engine) as connection:
+            counted = sa.select(sa.func.count(versions.c.name.distinct()), sa.func.count()).where(_LIVE)
+            names, total = connection.execute(counted).one()
+            return names, total
+
     def log(self, name: str) -> list[Event]:
         """Raises: NotFound when nothing ever happened to the name."""
         with reading(self._engine) as connection:
@@ -203,9 +218,9 @@ class Catalogue:
             raise NotFound(f"there is no adapter {name}")
         return found
 
-    def events(self, after: int) -> list[Event]:
+    def events(self, after: int, *, limit: int | None) -> list[Event]:
         with reading(self._engine) as connection:
-            return self._events(connection, events.c.seq > after)
+            return self._events(connection, events.c.seq > after, limit=limit)
 
     def head(self) -> int:
         with reading(self._engine) as connection:
@@ -302,12 +317,24 @@ class Catalogue:
         known = connection.scalars(sa.select(aliases.c.alias).where(aliases.c.name == name)).all()
         return f"{name} has no alias {printable(alias)}; it has {', '.join(sorted(known)) or 'none left'}"
 
-    def _events(self, connection: Connection, condition: Any) -> list[Event]:
-        rows = connection.execute(sa.select(events).where(condition).order_by(events.c.seq))
+    def _events(self, connection: Connection, condition: Any, *, limit: int | None = None) -> list[Event]:
+        rows = connection.execute(sa.select(events).where(condition).order_by(events.c.seq).limit(limit))
         return [_event(row) for row in rows]
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self._clock(), UTC).isoformat()
+
+
+def _fits(name: sa.ColumnElement[str], pattern: str | None) -> sa.ColumnElement[bool]:
+    """Whether a name fits a pattern with * and ?; a name has small letters only, a pattern with others fits none."""
+    if pattern is None:
+        return sa.true()
+    if not ("*" in pattern or "?" in pattern):
+        return name == pattern
+    if pattern != pattern.lower():
+        return sa.false()
+    like = pattern.replace("/", "//").replace("%", "/%").replace("_", "/_").replace("*", "%").replace("?", "_")
+    return name.like(like, escape="/")
 
 
 def _place(version: int | None) -> str:
@@ -320,6 +347,8 @@ def _version(row: Row[Any]) -> Version:
         digest=row.digest,
         kind=row.kind,
         bytes=row.bytes,
+        base=row.base,
+        fingerprint=row.fingerprint,
         actor=row.actor,
         note=row.note,
         at=datetime.fromisoformat(row.at),

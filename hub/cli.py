@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +21,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hub.contract import Adapter, Event, Resolved
+from hub.connect import TOKEN_VARIABLE, URL_VARIABLE, open_hub, open_local, open_remote
+from hub.contract import Adapter, Event, Hub, Resolved
 from hub.errors import BadReference, HubError
 from hub.ref import Reference, parse_reference, printable
-from hub.registry import URL_VARIABLE, LocalHub, default_home, open_hub, refuse_remote
+from hub.registry import default_home
 
 COMMANDS_GROUP = "hub.commands"
 _OURS = ("hub", "server", "trainer")
@@ -77,6 +80,7 @@ class HubCommands(TyperGroup):
                 self.commands.setdefault(name, command)
 
 
+_keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke the keys of a hub that others reach.")
 app = typer.Typer(cls=HubCommands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -109,7 +113,7 @@ def hub_options(
 ) -> None:
     """A registry of adapters for one language model: push, browse, move aliases, train, serve."""
     if url:
-        refuse_remote(url)
+        os.environ[URL_VARIABLE] = url  # for every command of this process, those of the other packages too
 
 
 @app.command()
@@ -208,7 +212,7 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
     hub = open_hub()
     resolved = hub.resolve(parse_reference(ref))
     manifest = hub.manifest(resolved.digest)
-    adapter = next(item for item in hub.adapters() if item.name == resolved.name)
+    adapter = hub.adapters(resolved.name)[0]
     version = next(item for item in adapter.versions if item.version == resolved.version)
     pointing = sorted(alias for alias, target in adapter.aliases.items() if target == resolved.version)
     if as_json:
@@ -352,7 +356,151 @@ def doctor(as_json: AsJson = False) -> None:
         typer.echo(f"{mark} {finding.topic + ':':20} {finding.found}")
 
 
-def every_version(hub: LocalHub) -> list[Reference]:
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write it: a new folder.")],
+) -> None:
+    """Write a small ready-made adapter of the embedded base: something to push and to ask."""
+    from hub.sample import write_sample
+
+    write_sample(folder)
+    typer.echo(str(folder))
+
+
+@app.command()
+def login(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The hub's address, such as https://hub.example.")],
+    key: Annotated[
+        str | None, typer.Option("--key", envvar=TOKEN_VARIABLE, help="The key; without it you are asked, unseen.")
+    ] = None,
+) -> None:
+    """Store the key of a remote hub, for you alone, and for that address alone."""
+    from hub.client import RemoteHub
+    from hub.credentials import store_key
+
+    if key is None:
+        if not sys.stdin.isatty():
+            raise BadReference("no key: give --key, set HUB_TOKEN, or run this in a terminal")
+        key = typer.prompt("key", hide_input=True)
+    asking = RemoteHub(url, key=key).whoami()
+    where = store_key(default_home(), url, key)
+    typer.echo(f"{url} knows you as {asking.name}, who may {', '.join(sorted(asking.scopes))}; stored in {where}")
+    typer.echo(f"use it with: export {URL_VARIABLE}={url}", err=True)
+
+
+@app.command()
+def logout(url: Annotated[str, typer.Argument(metavar="URL")]) -> None:
+    """Forget the key of a remote hub."""
+    from hub.credentials import forget_key
+
+    typer.echo(f"{'forgot the key of' if forget_key(default_home(), url) else 'there was no key for'} {url}", err=True)
+
+
+@app.command(context_settings={"auto_envvar_prefix": "MULTIGRAFT_REGISTRY"})
+def registry(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8080,
+    anonymous: Annotated[
+        list[str] | None, typer.Option(help="A scope for whoever shows no key: read, push ...; may be repeated.")
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a body that is no piece of an upload.", min=1)] = 16
+    << 20,
+    max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.", min=1)] = 256,
+    max_virtual: Annotated[int, typer.Option(help="Most virtual tokens of an adapter.", min=1)] = 1024,
+    max_weights_bytes: Annotated[int, typer.Option(help="Bytes of an adapter's weights.", min=1)] = 8 << 30,
+    max_connections: Annotated[int, typer.Option(help="Open connections; the silent ones leave first.", min=1)] = 1024,
+    max_watchers: Annotated[int, typer.Option(help="Open event streams.", min=1)] = 512,
+    header_timeout: Annotated[float, typer.Option(help="Seconds for a request's head to arrive.", min=0.1)] = 10.0,
+    body_timeout: Annotated[float, typer.Option(help="Seconds between two arrivals of a body.", min=0.1)] = 30.0,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests get after SIGTERM.", min=0)
+    ] = 30.0,
+    collect: Annotated[float, typer.Option(help="Seconds between two collections; 0: only hub gc.", min=0)] = 3600.0,
+) -> None:
+    """Serve the hub on this machine to others, over HTTP.
+
+    Nobody gets in without a key: make one with hub key create NAME --scope admin, or set MULTIGRAFT_REGISTRY_ADMIN_KEY
+    (all scopes) and MULTIGRAFT_REGISTRY_READ_KEY (read). Every option is read from MULTIGRAFT_REGISTRY_OPTION, too.
+    """
+    from hub.http.config import RegistryConfig
+    from hub.http.serve import serve
+    from hub.keys import SCOPES
+    from hub.methods import Limits
+    from hub.registry import LocalHub
+
+    strange = [scope for scope in anonymous or () if scope not in SCOPES]
+    if strange:
+        raise BadReference(f"--anonymous {printable(strange[0])}: known are {', '.join(SCOPES)}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    limits = Limits(max_rank=max_rank, max_virtual_tokens=max_virtual, max_weights_bytes=max_weights_bytes)
+    config = RegistryConfig(
+        host=host,
+        port=port,
+        admin_key=os.environ.get("MULTIGRAFT_REGISTRY_ADMIN_KEY") or None,
+        read_key=os.environ.get("MULTIGRAFT_REGISTRY_READ_KEY") or None,
+        anonymous=frozenset(anonymous or ()),
+        max_body_bytes=max_body_bytes,
+        max_connections=max_connections,
+        max_watchers=max_watchers,
+        header_timeout_s=header_timeout,
+        body_timeout_s=body_timeout,
+        drain_timeout_s=drain_timeout,
+        collect_s=collect,
+    )
+    serve(LocalHub(default_home(), limits=limits), config)
+
+
+@_keys.command("create")
+def create_key(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Whose key it is, such as ci or alice; stands in the log.")
+    ],
+    scope: Annotated[list[str], typer.Option(help="read, push, promote or admin; may be repeated.")],
+    names: Annotated[
+        list[str] | None, typer.Option(help="Only names that fit, such as 'team/*'; may be repeated.")
+    ] = None,
+    days: Annotated[float | None, typer.Option(help="When it expires; without it, never.", min=0.001)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key, and print it this once: the hub keeps only its hash."""
+    life_s = None if days is None else days * 86400
+    wanted = names or ["*"]
+    url = os.environ.get(URL_VARIABLE)
+    if url:
+        created = open_remote(url).create_key(name, scope, names=wanted, life_s=life_s)
+    else:
+        from hub.registry import system_user
+
+        created = open_local().keys.create(name, scope, names=wanted, life_s=life_s, actor=system_user())
+    if as_json:
+        print_json(dataclasses.asdict(created))
+    else:
+        typer.echo(created.secret)
+        typer.echo(f"key {created.key.key} of {name}: {', '.join(created.key.scopes)}", err=True)
+
+
+@_keys.command("ls")
+def list_keys(as_json: AsJson = False) -> None:
+    """List the keys that were made, and what became of them; never the keys themselves."""
+    url = os.environ.get(URL_VARIABLE)
+    found = open_remote(url).keys() if url else open_local().keys.listed()
+    if as_json:
+        print_json([dataclasses.asdict(key) for key in found])
+    else:
+        from hub import tables
+
+        tables.print_table(tables.keys_table(found))
+
+
+@_keys.command("revoke")
+def revoke_key(key: Annotated[str, typer.Argument(metavar="KEY", help="Its id, as hub key ls shows it.")]) -> None:
+    """Make a key useless, at once and for ever."""
+    url = os.environ.get(URL_VARIABLE)
+    revoked = open_remote(url).revoke_key(key) if url else open_local().keys.revoke(key)
+    typer.echo(f"revoked key {revoked.key} of {revoked.name}")
+
+
+def every_version(hub: Hub) -> list[Reference]:
     """A reference to each live version of each name."""
     return [Reference(adapter.name, str(version.version)) for adapter in hub.adapters() for version in adapter.versions]
 
@@ -374,7 +522,7 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
-def _outcome(hub: LocalHub, reference: Reference) -> tuple[bool, dict[str, Any]]:
+def _outcome(hub: Hub, reference: Reference) -> tuple[bool, dict[str, Any]]:
     from hub.errors import Corrupt
 
     try:
@@ -426,6 +574,8 @@ def _installed_version() -> str:
     except PackageNotFoundError:
         return "(not installed)"
 
+
+app.add_typer(_keys, name="key")
 
 if __name__ == "__main__":
     main()

@@ -6,16 +6,17 @@ are one version; an alias moves only by compare-and-set, and every move is an ev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from hub.kind import Kind
 from hub.ref import Reference
 
 if TYPE_CHECKING:
-    from hub.manifest import Kind, Manifest
+    from hub.manifest import Manifest
 
 LATEST = "latest"
 
@@ -61,12 +62,14 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a name. Units: bytes of the weights file."""
+    """One version of a name. Units: bytes of the weights file. `fingerprint` is that of the base it was made for."""
 
     version: int
     digest: str
     kind: Kind
     bytes: int
+    base: str
+    fingerprint: str
     actor: str
     note: str
     at: datetime
@@ -118,24 +121,8 @@ class Collected:
     bytes: int
 
 
-class Hub(Protocol):
-    """A registry of adapters. Every method raises leaves of HubError only."""
-
-    def push(
-        self,
-        folder: Path,
-        name: str,
-        *,
-        aliases: Sequence[str] = (),
-        note: str = "",
-        base: Path | None = None,
-        actor: str | None = None,
-    ) -> Pushed:
-        """Validate and store a folder as the next version; `latest` and the aliases then point to it.
-
-        Raises: Refused, BadReference, NotFound.
-        """
-        ...
+class HubReader(Protocol):
+    """What whoever uses adapters needs of a hub. Every method raises leaves of HubError only."""
 
     def resolve(self, reference: Reference, *, default_alias: str = LATEST) -> Resolved:
         """Raises: NotFound; BadReference when a short digest fits two versions."""
@@ -147,6 +134,49 @@ class Hub(Protocol):
 
     def read(self, digest: str, path: str) -> bytes:
         """One kept file, re-hashed. Raises: NotFound, Corrupt."""
+        ...
+
+    def adapters(self, pattern: str | None = None) -> list[Adapter]:
+        """All names, or those that fit a pattern with * and ?, in order."""
+        ...
+
+    def log(self, name: str) -> list[Event]:
+        """Everything that happened to a name, oldest first. Raises: NotFound."""
+        ...
+
+    def head(self) -> int:
+        """The number of the last event, 0 when there is none."""
+        ...
+
+    def events(self, after: int) -> list[Event]:
+        """Every event with a larger number, in order."""
+        ...
+
+    def watch(self, after: int) -> Iterator[list[Event]]:
+        """Every event with a larger number, as they happen, for ever; an empty list now and then when nothing does.
+
+        Raises: HubUnavailable when the hub is lost; LogLost when it has not come so far as `after`.
+        """
+        ...
+
+
+class Hub(HubReader, Protocol):
+    """A registry of adapters."""
+
+    def push(
+        self, folder: Path, name: str, *, aliases: Sequence[str] = (), note: str = "", base: Path | None = None
+    ) -> Pushed:
+        """Validate and store a folder as the next version; `latest` and the aliases then point to it.
+
+        Raises: Refused, BadReference, NotFound.
+        """
+        ...
+
+    def stream(self, digest: str, path: str) -> Iterator[bytes]:
+        """One kept file in pieces; Corrupt is raised before the end when they do not hash to what they must.
+
+        Raises: NotFound, Corrupt.
+        """
         ...
 
     def pull(self, reference: Reference, folder: Path) -> Resolved:
@@ -161,14 +191,7 @@ class Hub(Protocol):
         ...
 
     def move_alias(
-        self,
-        name: str,
-        version: int,
-        alias: str,
-        *,
-        expect: int | None = None,
-        actor: str | None = None,
-        note: str = "",
+        self, name: str, version: int, alias: str, *, expect: int | None = None, note: str = ""
     ) -> Event | None:
         """Point an alias at a version; None when it points there already.
 
@@ -177,14 +200,14 @@ class Hub(Protocol):
         """
         ...
 
-    def rollback(self, name: str, alias: str, *, actor: str | None = None, note: str = "") -> Event:
+    def rollback(self, name: str, alias: str, *, note: str = "") -> Event:
         """Point an alias back to where it was before; again, and it goes further back.
 
         Raises: NotFound when there is no earlier place, or the version there was removed.
         """
         ...
 
-    def remove(self, name: str, version: int, *, actor: str | None = None, note: str = "") -> Event:
+    def remove(self, name: str, version: int, *, note: str = "") -> Event:
         """Take a version away; its number is never used again.
 
         Raises: NotFound; InUse while an alias points to it (but the last version of a name goes with its `latest`).
@@ -195,24 +218,8 @@ class Hub(Protocol):
         """Free the blobs that no version needs and no push is about to need."""
         ...
 
-    def adapters(self, pattern: str | None = None) -> list[Adapter]:
-        """All names, or those that fit a pattern with * and ?, in order."""
-        ...
-
-    def log(self, name: str) -> list[Event]:
-        """Everything that happened to a name, oldest first. Raises: NotFound."""
-        ...
-
     def diff(self, before: Reference, after: Reference) -> Difference:
         """Raises: NotFound."""
-        ...
-
-    def head(self) -> int:
-        """The number of the last event, 0 when there is none."""
-        ...
-
-    def events(self, after: int) -> list[Event]:
-        """Every event with a larger number, in order."""
         ...
 
 

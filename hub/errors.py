@@ -4,15 +4,23 @@ HubError
 ├── BadReference        400   text that the grammar of references, names, aliases or mixtures does not allow
 ├── Refused             400   an adapter folder with problems; carries every one of them
 ├── BadTensors          400   a safetensors file whose header cannot be trusted; carries every reason
+├── BadUpload           400   bytes that are not what the upload said they would be
+├── BadRequest          400   a request over the network that is not what the route takes
 ├── BaseUnusable        400   a base model that is there but whose shapes cannot be read
+├── Unauthorized        401   no key, or one that is unknown, revoked or expired
+├── Forbidden           403   a key without the scope, or beyond the names that it is for
 ├── NotFound            404   no such name, version, alias, digest or file
 ├── BaseNotFound        404   no such base model, embedded, on disk or in the Hugging Face cache
+├── UploadGone          404   an upload that nobody began, or that has expired
 ├── AliasMoved          409   compare-and-set lost: the alias is not where the caller believed
 ├── InUse               409   a version that an alias still points to
 ├── WouldOverwrite      409   a folder that holds something else than what would be written there
+├── UploadBusy          409   a piece that does not go on where the upload is, or that another process is sending now
+├── LogLost             409   a watcher has seen more events than the hub has: it was put back to an older state
+├── TooLarge            413   above a limit of bytes
 ├── Corrupt             500   stored bytes that do not match their digest
-├── RemoteUnsupported   501   a remote hub was named
-└── HubUnavailable      503   the hub's home cannot be opened, read or written
+├── InternalError       500   a bug of ours, in the registry service
+└── HubUnavailable      503   the hub cannot be opened, read, written or reached
 """
 
 from __future__ import annotations
@@ -76,8 +84,24 @@ class BadTensors(HubError):
         return "; ".join(reason if name is None else f"{name}: {reason}" for name, reason in self.reasons)
 
 
+class BadUpload(HubError):
+    status = 400
+
+
+class BadRequest(HubError):
+    status = 400
+
+
 class BaseUnusable(HubError):
     status = 400
+
+
+class Unauthorized(HubError):
+    status = 401
+
+
+class Forbidden(HubError):
+    status = 403
 
 
 class NotFound(HubError):
@@ -85,6 +109,10 @@ class NotFound(HubError):
 
 
 class BaseNotFound(HubError):
+    status = 404
+
+
+class UploadGone(HubError):
     status = 404
 
 
@@ -100,12 +128,30 @@ class WouldOverwrite(HubError):
     status = 409
 
 
+class UploadBusy(HubError):
+    """`offset` is how many bytes of the piece the hub has."""
+
+    status = 409
+
+    def __init__(self, message: str, *, offset: int) -> None:
+        self.offset = offset
+        super().__init__(message)
+
+
+class LogLost(HubError):
+    status = 409
+
+
+class TooLarge(HubError):
+    status = 413
+
+
 class Corrupt(HubError):
     status = 500
 
 
-class RemoteUnsupported(HubError):
-    status = 501
+class InternalError(HubError):
+    status = 500
 
 
 class HubUnavailable(HubError):

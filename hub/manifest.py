@@ -5,16 +5,14 @@ Law: a manifest is read back equal to what was written, and its digest follows f
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from hub.base import Base
 from hub.digest import DIGEST, SHA256, adapter_digest
 from hub.errors import Corrupt
-
-Kind = Literal["lora", "ia3", "prefix", "prompt", "p-tuning"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+from hub.kind import Kind
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -16,7 +16,7 @@ from typing import Any
 from hub import fields
 from hub.base import Base, Modules
 from hub.fields import Check
-from hub.manifest import Kind
+from hub.kind import Kind
 from hub.ref import printable
 from hub.targets import feedforward, pattern_value, target_complaints, target_modules
 

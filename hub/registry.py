@@ -9,24 +9,21 @@ Imports inside functions: what only reads the catalogue must not wait for pydant
 
 from __future__ import annotations
 
-import fnmatch
 import getpass
 import os
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
-from hub.blobs import BlobStore, DirectoryBlobs, flush_folder, read_blob
+from hub.blobs import BlobStore, DirectoryBlobs, open_blob
 from hub.catalog import By, Catalogue, LeaseLost, OtherBase
 from hub.contract import (
     LATEST,
     Adapter,
-    Change,
     Collected,
     Difference,
     Event,
@@ -35,26 +32,20 @@ from hub.contract import (
     Verified,
 )
 from hub.digest import check_digest
-from hub.errors import (
-    BadReference,
-    Corrupt,
-    HubUnavailable,
-    NotFound,
-    Problem,
-    Refused,
-    RemoteUnsupported,
-    WouldOverwrite,
-)
+from hub.errors import BadReference, Corrupt, HubUnavailable, LogLost, NotFound, Problem, Refused, UploadGone
+from hub.keys import Keys
 from hub.ref import Reference, check_alias, check_name, printable
 from hub.schema import open_database
+from hub.uploads import Uploads
 
 if TYPE_CHECKING:
+    from hub.base import Base, Modules
     from hub.manifest import FileEntry, Manifest
     from hub.methods import Limits
 
 HOME_VARIABLE = "MULTIGRAFT_HOME"
-URL_VARIABLE = "HUB_URL"
 LEASE_S = 3600.0
+WATCH_S = 0.1  # between two looks at a log that has nothing new
 MAX_NOTE = 2000
 _TRIES = 3
 
@@ -63,23 +54,6 @@ def default_home() -> Path:
     """$MULTIGRAFT_HOME, or the platform's folder for user data."""
     named = os.environ.get(HOME_VARIABLE)
     return Path(named).expanduser() if named else platformdirs.user_data_path("multigraft", appauthor=False)
-
-
-def open_hub(home: Path | None = None) -> LocalHub:
-    """The hub that the environment names: a local one.
-
-    Raises: RemoteUnsupported when $HUB_URL is set, HubUnavailable.
-    """
-    if home is None and (url := os.environ.get(URL_VARIABLE)):
-        refuse_remote(url)
-    return LocalHub(home if home is not None else default_home())
-
-
-def refuse_remote(url: str) -> None:
-    """Raises: RemoteUnsupported."""
-    raise RemoteUnsupported(
-        f"remote hubs are not supported by this version: {printable(url)}; unset {URL_VARIABLE} to use the local hub"
-    )
 
 
 class LocalHub:
@@ -103,7 +77,10 @@ class LocalHub:
             self._blobs = DirectoryBlobs(home / "blobs") if blobs is None else blobs
         except OSError as error:
             raise HubUnavailable(f"the hub's home {printable(str(home))} is not usable: {error.strerror}") from error
-        self._catalogue = Catalogue(open_database(home / "catalogue.sqlite"), clock=clock)
+        engine = open_database(home / "catalogue.sqlite")
+        self._catalogue = Catalogue(engine, clock=clock)
+        self.keys = Keys(engine, clock=clock)
+        self.uploads = Uploads(engine, self._blobs, home / "uploads", lease_s=lease_s, clock=clock, limits=limits)
 
     def push(
         self,
@@ -118,7 +95,6 @@ class LocalHub:
         check_name(name)
         for alias in aliases:
             check_alias(alias)
-        from hub.manifest import CONFIG_FILE
         from hub.validate import validate
 
         by = _by(actor, note)
@@ -128,10 +104,48 @@ class LocalHub:
                 return self._store(folder, manifest, name=name, moved=aliases, by=by)
             except LeaseLost:
                 continue
-            except OtherBase as error:
-                problem = Problem(CONFIG_FILE, "base_model_name_or_path", str(error))
-                raise Refused(printable(folder.name), [problem]) from error
         raise HubUnavailable(f"the push took longer than its lease of {self._lease_s:g} s, {_TRIES} times")
+
+    def commit_upload(
+        self,
+        upload: str,
+        *,
+        owner: str,
+        base: Base,
+        modules: Modules,
+        aliases: Sequence[str] = (),
+        note: str = "",
+        actor: str | None = None,
+    ) -> Pushed:
+        """What `push` does, for files that came by an upload, on a base that its sender describes.
+
+        Raises: UploadGone, BadUpload, Refused, BadReference.
+        """
+        from hub.validate import validate_kept
+
+        for alias in aliases:
+            check_alias(alias)
+        by = _by(actor, note)
+        name, parts = self.uploads.parts(upload, owner=owner)
+        stored = {part.path: part for part in parts}
+
+        def opened(path: str) -> tuple[BinaryIO, int]:
+            return open_blob(self._blobs, stored[path].sha256), stored[path].size
+
+        sizes = {part.path: part.size for part in parts}
+        try:
+            manifest = validate_kept(name, sizes, opened, base=base, modules=modules, limits=self._limits)
+        except Corrupt as error:
+            raise HubUnavailable(f"a file of this push was damaged on the hub's disk: {error}") from error
+        if {(entry.path, entry.sha256) for entry in manifest.files} != {(part.path, part.sha256) for part in parts}:
+            problem = Problem("adapter_config.json", None, "was not sent in its canonical form")
+            raise Refused(name, [problem])
+        try:
+            pushed = self._commit(upload, manifest, name=name, moved=aliases, by=by)
+        except LeaseLost as error:
+            raise UploadGone(f"upload {upload} has expired; run the same command again") from error
+        self.uploads.end(upload)
+        return pushed
 
     def resolve(self, reference: Reference, *, default_alias: str = LATEST) -> Resolved:
         return self._catalogue.resolve(reference, default_alias=default_alias)
@@ -142,41 +156,26 @@ class LocalHub:
         return parse_manifest(self._catalogue.manifest_text(check_digest(digest)), digest)
 
     def read(self, digest: str, path: str) -> bytes:
+        return b"".join(self.stream(digest, path))
+
+    def stream(self, digest: str, path: str) -> Iterator[bytes]:
         entry = self.manifest(digest).file(path)
         if entry is None:
             raise NotFound(f"adapter {digest} has no file {printable(path)}")
-        return read_blob(self._blobs, entry.sha256)
+        return self._blobs.stream(entry.sha256)
 
     def pull(self, reference: Reference, folder: Path) -> Resolved:
-        from hub.folder import holds, write_folder
+        from hub.folder import pull_folder
 
         resolved = self.resolve(reference)
-        manifest = self.manifest(resolved.digest)
-        target = folder.absolute()
-        if holds(target, manifest):
-            return resolved
-        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise WouldOverwrite(f"{printable(str(folder))} is there and holds something else than {reference}")
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_folder(aside, manifest, self._blobs)
-            aside.rename(target)
-            flush_folder(target.parent)
-        except OSError as error:
-            raise HubUnavailable(f"{printable(str(folder))} cannot be written: {error.strerror}") from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        pull_folder(folder, self.manifest(resolved.digest), self._stream, what=str(reference))
         return resolved
 
     def verify(self, reference: Reference) -> Verified:
+        from hub.compare import verify_files
+
         resolved = self.resolve(reference)
-        manifest = self.manifest(resolved.digest)
-        damaged = [reason for entry in manifest.files if (reason := self._damage(entry)) is not None]
-        if damaged:
-            raise Corrupt(f"{resolved.name}@{resolved.version} is damaged: {'; '.join(damaged)}")
-        total = sum(entry.size for entry in manifest.files)
-        return Verified(resolved.name, resolved.version, resolved.digest, len(manifest.files), total)
+        return verify_files(resolved, self.manifest(resolved.digest), self._stream)
 
     def move_alias(
         self,
@@ -200,31 +199,50 @@ class LocalHub:
 
     def collect(self) -> Collected:
         count, total = self._catalogue.collect(self._blobs.stored(), self._blobs.delete)
+        self.uploads.sweep()
         self._blobs.sweep(self._clock() - self._lease_s)
         return Collected(count, total)
 
     def adapters(self, pattern: str | None = None) -> list[Adapter]:
-        found = self._catalogue.adapters()
-        return [item for item in found if pattern is None or fnmatch.fnmatchcase(item.name, pattern)]
+        return self._catalogue.adapters(pattern)
+
+    def names_of(self, digest: str) -> list[str]:
+        """Every name under which a digest can be asked for now."""
+        return self._catalogue.names_of(check_digest(digest))
+
+    def counts(self) -> tuple[int, int]:
+        """How many names and versions there are."""
+        return self._catalogue.counts()
+
+    def stored_bytes(self) -> int:
+        """Bytes of all blobs."""
+        return sum(size for _, size in self._blobs.stored())
 
     def log(self, name: str) -> list[Event]:
         return self._catalogue.log(check_name(name))
 
     def diff(self, before: Reference, after: Reference) -> Difference:
+        from hub.compare import difference
+
         first, second = self.resolve(before), self.resolve(after)
-        old, new = _facts(self.manifest(first.digest)), _facts(self.manifest(second.digest))
-        changes = [
-            Change(field, old.get(field), new.get(field))
-            for field in sorted(old.keys() | new.keys())
-            if old.get(field) != new.get(field)
-        ]
-        return Difference(first, second, tuple(changes))
+        return difference(first, self.manifest(first.digest), second, self.manifest(second.digest))
 
     def head(self) -> int:
         return self._catalogue.head()
 
-    def events(self, after: int) -> list[Event]:
-        return self._catalogue.events(after)
+    def events(self, after: int, *, limit: int | None = None) -> list[Event]:
+        return self._catalogue.events(after, limit=limit)
+
+    def watch(self, after: int) -> Iterator[list[Event]]:
+        if after > (head := self.head()):
+            raise LogLost(f"event {after} is beyond the last one of this hub, {head}")
+        while True:
+            found = self.events(after)
+            yield found
+            if found:
+                after = found[-1].seq
+            else:
+                time.sleep(WATCH_S)
 
     def _store(self, folder: Path, manifest: Manifest, *, name: str, moved: Sequence[str], by: By) -> Pushed:
         lease = uuid.uuid4().hex
@@ -232,7 +250,7 @@ class LocalHub:
         try:
             for entry in manifest.files:
                 self._put(folder, manifest, entry=entry)
-            return self._catalogue.commit(lease, manifest, name=name, moved=moved, by=by)
+            return self._commit(lease, manifest, name=name, moved=moved, by=by)
         except BaseException:
             self._catalogue.release(lease)
             raise
@@ -248,14 +266,15 @@ class LocalHub:
         except OSError as error:
             raise HubUnavailable(f"{entry.path} could not be stored: {error.strerror}") from error
 
-    def _damage(self, entry: FileEntry) -> str | None:
-        size = 0
+    def _commit(self, lease: str, manifest: Manifest, *, name: str, moved: Sequence[str], by: By) -> Pushed:
         try:
-            for chunk in self._blobs.stream(entry.sha256):
-                size += len(chunk)
-        except (NotFound, Corrupt) as error:
-            return f"{entry.path}: {error}"
-        return None if size == entry.size else f"{entry.path}: has {size} bytes, the manifest says {entry.size}"
+            return self._catalogue.commit(lease, manifest, name=name, moved=moved, by=by)
+        except OtherBase as error:
+            problem = Problem("adapter_config.json", "base_model_name_or_path", str(error))
+            raise Refused(name, [problem]) from error
+
+    def _stream(self, entry: FileEntry) -> Iterator[bytes]:
+        return self._blobs.stream(entry.sha256)
 
 
 def _by(actor: str | None, note: str) -> By:
@@ -270,18 +289,3 @@ def system_user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container without a user database
         return f"uid-{os.getuid()}"
-
-
-def _facts(manifest: Manifest) -> dict[str, Any]:
-    """A manifest as flat fields; files by their digest, so that a change of content is a change."""
-    whole = manifest.model_dump(mode="json", exclude={"files", "digest", "schema_version"})
-    files = {f"files.{entry.path}": f"sha256:{entry.sha256} ({entry.size} bytes)" for entry in manifest.files}
-    return {**dict(_flat(whole, "")), **files}
-
-
-def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item

@@ -9,6 +9,7 @@ Law: the tables here are the tables that the migrations make (a test compares th
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ from sqlalchemy.engine import Connection, Engine
 
 from hub.errors import HubUnavailable
 
-REVISION = "0001"
+REVISION = "0002"
 BUSY_TIMEOUT_S = 60.0
+MAX_CONNECTIONS = 128  # more than the threads of any process of ours: none ever waits for another's
 MIGRATIONS = Path(__file__).parent / "migrations"
 WRITES = "hub_writes"
 
@@ -93,6 +95,28 @@ leases = sa.Table(
     sa.Column("sha256", sa.String(64), primary_key=True),
     sa.Column("expires_at", sa.Float, nullable=False),
 )
+# An upload over the network: its lease keeps its blobs, `owner` is the key that began it, `files` what it will hold.
+uploads = sa.Table(
+    "uploads",
+    metadata,
+    sa.Column("lease", sa.String(32), primary_key=True),
+    sa.Column("owner", sa.String(32), nullable=False),
+    sa.Column("name", sa.String(193), nullable=False),
+    sa.Column("files", sa.Text, nullable=False),
+)
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("key", sa.String(32), primary_key=True),
+    sa.Column("name", sa.String(96), nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("scopes", sa.Text, nullable=False),
+    sa.Column("names", sa.Text, nullable=False),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("at", sa.String(40), nullable=False),
+    sa.Column("expires_at", sa.Float),
+    sa.Column("revoked_at", sa.String(40)),
+)
 
 
 def open_database(path: Path) -> Engine:
@@ -137,7 +161,11 @@ def _refusals() -> Iterator[None]:
 
 
 def _engine(path: Path) -> Engine:
-    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)),
+        connect_args={"timeout": BUSY_TIMEOUT_S},
+        max_overflow=MAX_CONNECTIONS,
+    )
 
     @sa.event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
@@ -154,12 +182,19 @@ def _engine(path: Path) -> Engine:
 
 
 def _use_write_ahead_log(path: Path) -> None:
-    """Stands in the file from then on."""
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)
-    try:
-        connection.execute("PRAGMA journal_mode = WAL")
-    finally:
-        connection.close()
+    """Stands in the file from then on. SQLite's own timeout does not cover this change, so we wait ourselves."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        finally:
+            connection.close()
+        time.sleep(0.02)
 
 
 def _migrate(engine: Engine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import typer
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hub.contract import LATEST, Adapter, Difference, Event, Version
+from hub.keys import Key
 from hub.manifest import Manifest
 
 SHORT_DIGEST = len("sha256:") + 12
@@ -99,6 +100,15 @@ def difference_table(difference: Difference) -> Table:
     return table
 
 
+def keys_table(keys: Iterable[Key]) -> Table:
+    """One line per key."""
+    table = _table("KEY", "NAME", "SCOPES", "NAMES", "MADE", "BY", "STATE")
+    for key in keys:
+        made = moment(key.at), _one_line(key.actor)
+        table.add_row(key.key, key.name, " ".join(key.scopes), " ".join(key.names), *made, _state(key))
+    return table
+
+
 def what(event: Event) -> str:
     """What an event did, in the words of the command line."""
     if event.kind == "pushed":
@@ -126,6 +136,14 @@ def size(count: int) -> str:
 def moment(at: datetime) -> str:
     """In the reader's own time zone."""
     return at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _state(key: Key) -> str:
+    if key.revoked_at is not None:
+        return f"revoked {moment(key.revoked_at)}"
+    if key.expires_at is None:
+        return "alive"
+    return f"{'expired' if key.expires_at <= datetime.now(UTC) else 'until'} {moment(key.expires_at)}"
 
 
 def _table(*columns: str) -> Table:

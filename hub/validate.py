@@ -1,4 +1,4 @@
-"""A folder in, a Manifest or all its problems out.
+"""The files of an adapter in, a Manifest or all their problems out; from a folder, or from wherever a hub keeps them.
 
 Fails closed: a file, a field, a tensor or a value that is not known to be good is refused, and nothing in the folder
 is ever run, unpickled or followed out of it.
@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hub.base import Base, Modules, describe_base, find_local_base, modules, name_of
+from hub.base import Base, Modules, check_against_weights, describe_base, find_local_base, modules, name_of
 from hub.digest import DIGEST, sha256_of
 from hub.errors import BaseNotFound, BaseUnusable, NotFound, Problem, Refused
 from hub.manifest import (
@@ -67,6 +67,12 @@ _OF_THE_BASE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.j
                 "tokenizer.model", "added_tokens.json", "config.json", "generation_config.json")  # fmt: skip
 
 
+# Opens one of the files for reading and tells its size in bytes. Raises: OSError.
+Opener = Callable[[str], tuple[BinaryIO, int]]
+# The base that a config means: what it is and its modules, or None for both when that cannot be told.
+Described = tuple[Base | None, Modules | None]
+
+
 @dataclass(slots=True)
 class _Findings:
     """What has been read so far; problems are gathered, never thrown."""
@@ -95,18 +101,75 @@ def validate(folder: Path, *, base: Path | None = None, limits: Limits | None = 
     """
     if not folder.is_dir():
         raise NotFound(f"there is no folder {printable(str(folder))}")
-    allowed = limits or Limits()
     findings = _Findings([], {}, {})
-    files = _files(folder, findings)
-    _read_texts(folder, files, findings)
+    sizes = _files(folder, findings)
+
+    def described(config: Any) -> Described:
+        return _base(config, base, findings=findings)
+
+    def opened(name: str) -> tuple[BinaryIO, int]:
+        source = open_regular(folder / name)
+        return source, os.fstat(source.fileno()).st_size
+
+    what = printable(folder.name)
+    return _validated(what, sizes, opened, described=described, findings=findings, limits=limits or Limits())
+
+
+def validate_kept(
+    what: str, sizes: Mapping[str, int], opened: Opener, *, base: Base, modules: Modules, limits: Limits | None = None
+) -> Manifest:
+    """The manifest of files that came over the network, on a base that is described rather than here.
+
+    Raises: Refused with every problem.
+    """
+    findings = _Findings([], {}, {})
+    reasons = {name: why_no_part(name) for name in sorted(sizes)}
+    for name, reason in reasons.items():
+        if reason is not None:
+            findings.add(printable(name), None, reason)
+    known = {name: size for name, size in sizes.items() if reasons[name] is None}
+    _demand_both(known, findings)
+    try:
+        check_against_weights(base, modules)
+    except BaseUnusable as error:
+        findings.add(CONFIG_FILE, "base_model_name_or_path", str(error))
+    return _validated(
+        what, known, opened, described=lambda config: (base, modules), findings=findings, limits=limits or Limits()
+    )
+
+
+def describe(folder: Path, *, base: Path | None) -> tuple[Base, Modules]:
+    """What `validate` checked an adapter folder against, for those who cannot see the base. Raises: BaseNotFound."""
+    with open_regular(folder / CONFIG_FILE) as source:
+        declared = parse(source.read(TEXT_BYTES[CONFIG_FILE])).get("base_model_name_or_path")
+    found = base if base is not None else find_local_base(str(declared))
+    return describe_base(found, name=name_of(found, declared)), modules(found)
+
+
+def _validated(
+    what: str,
+    sizes: Mapping[str, int],
+    opened: Opener,
+    *,
+    described: Callable[[Any], Described],
+    findings: _Findings,
+    limits: Limits,
+) -> Manifest:
+    _read_texts(sizes, opened, findings)
     config = findings.values.get(CONFIG_FILE)
     method = _method(config, findings)
-    demand = _demand(config, method, base=base, findings=findings, limits=allowed)
-    scans = _scan_tensors(folder, files, demand=demand, findings=findings, limits=allowed)
+    demand = _demand(config, method, described=described(config), findings=findings, limits=limits)
+    scans = _scan_tensors(sizes, opened, demand=demand, findings=findings, limits=limits)
     if findings.problems:
-        raise Refused(printable(folder.name), findings.problems)
+        raise Refused(what, findings.problems)
     assert method is not None and demand.base is not None and demand.layout is not None and isinstance(config, dict)
     return _manifest(method, config, base=demand.base, layout=demand.layout, scans=scans, findings=findings)
+
+
+def file_limits(limits: Limits) -> Mapping[str, int]:
+    """The files that an adapter may consist of, with the most bytes of each."""
+    kept = {name: limit for name, limit in TEXT_BYTES.items() if name != MANIFEST_FILE}
+    return {**kept, WEIGHTS_FILE: limits.max_weights_bytes, GOLDEN_TENSORS_FILE: MAX_GOLDEN_BYTES}
 
 
 def config_bytes(manifest: Manifest) -> bytes:
@@ -148,13 +211,18 @@ def _files(folder: Path, findings: _Findings) -> dict[str, int]:
             sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
         else:
             findings.add(printable(entry.name), None, reason)
+    _demand_both({entry.name: 0 for entry in found}, findings)
+    return sizes
+
+
+def _demand_both(names: Mapping[str, int], findings: _Findings) -> None:
+    """What every adapter has, and what comes in pairs."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not any(entry.name == name for entry in found):
+        if name not in names:
             findings.add(name, None, "is missing")
     for one, other in ((GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE), (GOLDEN_TENSORS_FILE, GOLDEN_ROWS_FILE)):
-        if one in sizes and other not in sizes:
+        if one in names and other not in names:
             findings.add(other, None, f"is missing beside {one}")
-    return sizes
 
 
 def _why_not_kept(entry: os.DirEntry[str]) -> str | None:
@@ -165,6 +233,11 @@ def _why_not_kept(entry: os.DirEntry[str]) -> str | None:
         return "is a folder; an adapter is flat (push the checkpoint's own folder, or remove it)"
     if not entry.is_file(follow_symlinks=False):
         return "is no plain file"
+    return why_no_part(name)
+
+
+def why_no_part(name: str) -> str | None:
+    """Why a file of this name is no part of an adapter, or None."""
     if name.lower().endswith(PICKLES):
         return "is a pickle or an archive of one, which can run code; only safetensors are read: remove it"
     if name in _OF_THE_BASE:
@@ -175,17 +248,18 @@ def _why_not_kept(entry: os.DirEntry[str]) -> str | None:
     return None
 
 
-def _read_texts(folder: Path, files: Mapping[str, int], findings: _Findings) -> None:
-    for name in sorted(files.keys() & TEXT_BYTES.keys() - {MANIFEST_FILE}):
+def _read_texts(sizes: Mapping[str, int], opened: Opener, findings: _Findings) -> None:
+    for name in sorted(sizes.keys() & TEXT_BYTES.keys() - {MANIFEST_FILE}):
         limit = TEXT_BYTES[name]
         try:
-            with open_regular(folder / name) as source:
+            source, _ = opened(name)
+            with source:
                 data = source.read(limit + 1)
         except OSError as error:
             findings.add(name, None, f"cannot be read: {error.strerror}")
             continue
         if len(data) > limit:
-            findings.add(name, None, f"has {files[name]} bytes, above the limit of {limit}")
+            findings.add(name, None, f"has {sizes[name]} bytes, above the limit of {limit}")
         elif data.startswith(_PICKLE_STARTS):
             findings.add(name, None, "holds a pickle or an archive, whatever its name says")
         else:
@@ -243,7 +317,7 @@ def _method(config: Any, findings: _Findings) -> Method | None:
     return method
 
 
-def _base(config: Any, given: Path | None, *, findings: _Findings) -> tuple[Base | None, Modules | None]:
+def _base(config: Any, given: Path | None, *, findings: _Findings) -> Described:
     declared = None if config is None else config.get("base_model_name_or_path")
     declared = declared if isinstance(declared, str) and declared else None
     if given is None and declared is None:
@@ -258,31 +332,33 @@ def _base(config: Any, given: Path | None, *, findings: _Findings) -> tuple[Base
         return None, None
 
 
-def _demand(config: Any, method: Method | None, *, base: Path | None, findings: _Findings, limits: Limits) -> _Demand:
-    described, found = _base(config, base, findings=findings)
+def _demand(
+    config: Any, method: Method | None, *, described: Described, findings: _Findings, limits: Limits
+) -> _Demand:
+    base, found = described
     if method is None:
-        return _Demand(described, found)
+        return _Demand(base, found)
     for key, reason in config_complaints(method, config, limits):
         findings.add(CONFIG_FILE, key, reason)
-    if described is None or found is None or not shapes_are_told(method, config):
-        return _Demand(described, found)
-    layout = method.layout(config, described, found)
+    if base is None or found is None or not shapes_are_told(method, config):
+        return _Demand(base, found)
+    layout = method.layout(config, base, found)
     for key, reason in layout.complaints:
         findings.add(CONFIG_FILE, key, reason)
-    return _Demand(described, found, layout)
+    return _Demand(base, found, layout)
 
 
 def _scan_tensors(
-    folder: Path, files: Mapping[str, int], *, demand: _Demand, findings: _Findings, limits: Limits
+    sizes: Mapping[str, int], opened: Opener, *, demand: _Demand, findings: _Findings, limits: Limits
 ) -> dict[str, Scan]:
     shapes = None if demand.layout is None else demand.layout.shapes
     scans: dict[str, Scan] = {}
     for name, limit in ((WEIGHTS_FILE, limits.max_weights_bytes), (GOLDEN_TENSORS_FILE, MAX_GOLDEN_BYTES)):
-        if name not in files:
+        if name not in sizes:
             continue
         try:
-            with open_regular(folder / name) as source:
-                size = os.fstat(source.fileno()).st_size
+            source, size = opened(name)
+            with source:
                 if size > limit:
                     findings.add(name, None, f"has {size} bytes, above the limit of {limit}")
                     continue

@@ -15,7 +15,7 @@ _MODEL, _ENGINE, _ADAPTERS, _HTTP = ModelConfig(base=""), EngineConfig(), Adapte
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to the one command line."""
-    app.command("serve")(serve)
+    app.command("serve", context_settings={"auto_envvar_prefix": "MULTIGRAFT_SERVE"})(serve)
 
 
 def serve(
@@ -54,6 +54,12 @@ def serve(
         int, typer.Option(help="Bytes of all resident adapters; the least recently used leave first.", min=1)
     ] = _ADAPTERS.cache_bytes,
     default_alias: Annotated[str, typer.Option(help="What a bare name means.")] = _ADAPTERS.default_alias,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Only names that fit, such as 'team/*', may be loaded; may be repeated.")
+    ] = None,
+    disk_bytes: Annotated[
+        int, typer.Option(help="Bytes on this disk of what was fetched from a remote hub.", min=0)
+    ] = _ADAPTERS.disk_bytes,
     check_golden: Annotated[
         bool, typer.Option(help="Replay a version's golden rows before it takes traffic.")
     ] = _ADAPTERS.check_golden,
@@ -62,6 +68,9 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests get after SIGTERM.", min=0)
     ] = _HTTP.drain_timeout_s,
+    max_connections: Annotated[
+        int, typer.Option(help="Open connections; those that say nothing leave first.", min=1)
+    ] = _HTTP.max_connections,
     lenient: Annotated[
         bool, typer.Option(help="Accept unknown fields and list them in x-multigraft-ignored.")
     ] = _HTTP.lenient,
@@ -69,7 +78,8 @@ def serve(
     """Serve a base model and every adapter of the hub that fits it.
 
     MULTIGRAFT_API_KEY, when set, is asked of every request; MULTIGRAFT_ADMIN_KEY opens the routes that load, pin and
-    evict adapters, which are closed without it.
+    evict adapters, which are closed without it. HUB_URL and HUB_TOKEN name a remote hub to fetch from and to follow.
+    Every option is read from MULTIGRAFT_SERVE_OPTION, too.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     config = ServerConfig(
@@ -91,6 +101,8 @@ def serve(
             max_weight=max_weight,
             cache_bytes=adapter_bytes,
             default_alias=default_alias,
+            allow=tuple(allow or ()),
+            disk_bytes=disk_bytes,
             check_golden=check_golden,
         ),
         http=HttpConfig(
@@ -102,6 +114,7 @@ def serve(
             max_body_bytes=max_body_bytes,
             max_choices=max_choices,
             drain_timeout_s=drain_timeout,
+            max_connections=max_connections,
             served_name=served_name,
         ),
     )

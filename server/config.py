@@ -38,7 +38,8 @@ class AdapterConfig:
     cache_bytes: int = 2 << 30
     max_concurrent_loads: int = 2
     default_alias: str = "latest"
-    poll_s: float = 0.2
+    allow: tuple[str, ...] = ()  # patterns of the names that may be loaded; none: all
+    disk_bytes: int = 10 << 30  # of what was fetched from a remote hub
     check_golden: bool = True
 
 
@@ -52,6 +53,8 @@ class HttpConfig:
     max_body_bytes: int = 8 << 20
     max_choices: int = 16  # n
     drain_timeout_s: float = 30.0
+    max_connections: int = 4096
+    header_timeout_s: float = 10.0
     served_name: str | None = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,6 +91,15 @@ class Servable:
     created: int
 
 
+@dataclass(frozen=True, slots=True)
+class HubStatus:
+    """Whether the hub can be reached, and the last of its events that was acted on. Units: seconds since the epoch."""
+
+    reachable: bool
+    seen: int
+    away_since: float | None
+
+
 class Adapters(Protocol):
     async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
         """Resolve every reference to a digest, load what is absent, lease all. No terms: the bare base.
@@ -101,6 +110,11 @@ class Adapters(Protocol):
 
     async def known(self, reference: str) -> Servable | None:
         """The model of that id, if it can be asked for (GET /v1/models/{id}); never loads anything."""
+
+    def given_names(self) -> Collection[str]:
+        """Names that were given by hand; only they may hold characters that the grammar of mixtures uses."""
+
+    def hub(self) -> HubStatus: ...
 
     async def servable(self) -> Sequence[Servable]: ...
 

@@ -22,9 +22,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from hub.base import describe_base, find_base
-from hub.contract import Hub
+from hub.connect import open_reader
+from hub.contract import HubReader
 from hub.errors import HubError
-from hub.registry import open_hub
+from hub.http.doorkeeper import guarded
 from server.adapters.lowering import Target
 from server.adapters.source import Source
 from server.adapters.store import AdapterStore
@@ -51,7 +52,7 @@ class Server:
     app: FastAPI
 
 
-def build(config: ServerConfig, hub: Hub) -> Server:
+def build(config: ServerConfig, hub: HubReader) -> Server:
     """Load everything. Raises: StartupRefused."""
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -74,7 +75,7 @@ def build(config: ServerConfig, hub: Hub) -> Server:
         max_rank=config.adapters.max_rank,
         max_virtual=min(config.adapters.max_virtual, engine.max_model_len // 2),
     )
-    source = Source(hub, base, default_alias=config.adapters.default_alias)
+    source = Source(hub, base, default_alias=config.adapters.default_alias, allow=config.adapters.allow)
     adapters = AdapterStore(source, engine, target, config.adapters, metrics, quantized=facts.quantized)
     app = create_app(
         engine=engine,
@@ -109,7 +110,7 @@ def _public_name(base: str) -> str:
 def run(config: ServerConfig) -> None:
     """Serve until told to stop. Raises: StartupRefused."""
     try:
-        hub = open_hub()
+        hub = open_reader(cache_bytes=config.adapters.disk_bytes)
     except HubError as error:
         raise StartupRefused(str(error)) from error
     server = build(config, hub)
@@ -131,7 +132,13 @@ class _Uvicorn(uvicorn.Server):
 async def _serve(server: Server) -> None:
     http = server.config.http
     settings = uvicorn.Config(
-        server.app, host=http.host, port=http.port, log_level="warning", access_log=False, timeout_keep_alive=30
+        server.app,
+        host=http.host,
+        port=http.port,
+        http=guarded(max_connections=http.max_connections, header_timeout_s=http.header_timeout_s),
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=30,
     )
     try:
         socket = settings.bind_socket()

@@ -194,10 +194,10 @@ def parse_destination(out: Path | None, push: str | None, aliases: tuple[str, ..
 
 def check_push(destination: Destination, recipe: Recipe) -> None:
     """Refuse before the work what the push would refuse after it: the name, the hub, an adapter above its limits."""
+    from hub.connect import open_hub
     from hub.errors import BadReference
     from hub.methods import Limits
     from hub.ref import parse_reference
-    from hub.registry import open_hub
 
     if parse_reference(str(destination.push)).selector is not None:
         raise BadReference(f"--push {destination.push}: a name is wanted, without a version or alias")
@@ -215,8 +215,8 @@ def check_push(destination: Destination, recipe: Recipe) -> None:
 def push_result(result: "TrainResult", recipe: Recipe, destination: Destination) -> str:
     """Push the folder; return `NAME@N sha256:...`. A folder that was only on its way to the hub is then deleted."""
     from hub.base import find_base
+    from hub.connect import open_hub
     from hub.errors import HubError
-    from hub.registry import open_hub
 
     try:
         pushed = open_hub().push(

@@ -6,26 +6,38 @@ The only file beside `server.main` that knows the hub. What the hub raises leave
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from hub.base import Base
-from hub.contract import Event, Hub, places
-from hub.errors import BadReference, Corrupt, HubError, NotFound
+from hub.contract import Adapter as HubAdapter
+from hub.contract import HubReader, places
+from hub.errors import BadReference, Corrupt, HubError, HubUnavailable, LogLost, NotFound
+from hub.keys import fits
 from hub.manifest import GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE, WEIGHTS_FILE, Manifest
 from hub.ref import Reference, parse_reference
-from server.errors import AdapterIncompatible, AdapterUnavailable, InvalidValue, ModelNotFound, ServerError
+from server.errors import (
+    AdapterIncompatible,
+    AdapterUnavailable,
+    InvalidValue,
+    ModelNotFound,
+    ServerError,
+    Unavailable,
+)
 from server.records import UNKNOWN_MODEL
 
 P = ParamSpec("P")
 R = TypeVar("R")
+MAX_FIXED = 4096
+HUB_RETRY_S = 2.0
 SHAPE_FIELDS = (
     "model_type",
     "hidden_size",
@@ -81,14 +93,29 @@ class Listed:
     created: int
 
 
-class Source:
-    """Blocking calls: the store makes them from worker threads."""
+class Happened(NamedTuple):
+    """An event of the hub: its number, and the name that something happened to."""
 
-    def __init__(self, hub: Hub, base: Base, *, default_alias: str) -> None:
+    seq: int
+    name: str
+
+
+class Forgotten(Exception):
+    """The hub has gone back behind the events that were seen: what is known of its aliases must be asked anew."""
+
+
+class Source:
+    """Blocking calls: the store makes them from worker threads.
+
+    `allow` are patterns of the names that this server may load, none meaning all; others do not exist for it.
+    """
+
+    def __init__(self, hub: HubReader, base: Base, *, default_alias: str, allow: Sequence[str] = ()) -> None:
         self._hub = hub
         self._base = base
         self._default_alias = default_alias
-        self._fitting: dict[str, bool] = {}  # a digest never changes its meaning
+        self._allow = tuple(allow)
+        self._fixed: OrderedDict[str, Resolution] = OrderedDict()  # references that cannot move
 
     def pointer(self, text: str) -> tuple[str, str] | None:
         """(name, alias) when the reference goes through an alias, None when it names a version or a digest.
@@ -102,14 +129,24 @@ class Source:
 
     def resolve(self, text: str) -> Resolution:
         """Raises: InvalidValue, ModelNotFound."""
+        fixed = self._fixed.get(text)
+        if fixed is not None:
+            return fixed
         reference = _translate(text, parse_reference, text)
+        if not self._allows(reference.name):
+            raise ModelNotFound(UNKNOWN_MODEL.format(text[:200]), param="model")
         try:
             found = self._hub.resolve(reference, default_alias=self._default_alias)
         except NotFound as error:
             raise ModelNotFound(UNKNOWN_MODEL.format(text[:200]) + self._hint(reference)) from error
         except HubError as error:
             raise _server_error(text, error) from error
-        return Resolution(found.name, found.version, found.digest, found.alias)
+        resolution = Resolution(found.name, found.version, found.digest, found.alias)
+        if found.alias is None:
+            self._fixed[text] = resolution
+            if len(self._fixed) > MAX_FIXED:
+                self._fixed.popitem(last=False)
+        return resolution
 
     def earlier(self, name: str, alias: str) -> Sequence[Resolution]:
         """Where an alias was before, the latest place first, without what was removed. Raises: AdapterUnavailable."""
@@ -132,26 +169,42 @@ class Source:
 
     def listed(self) -> Sequence[Listed]:
         """Every name that this base can serve under its default alias."""
-        lines = []
-        for adapter in _translate("the hub", self._hub.adapters):
-            version = adapter.aliases.get(self._default_alias)
-            found = next((one for one in adapter.versions if one.version == version), None)
-            if found is not None and self._fits(found.digest):
-                resolution = Resolution(adapter.name, found.version, found.digest, self._default_alias)
-                lines.append(Listed(resolution, found.kind, int(found.at.timestamp())))
-        return lines
+        adapters = _translate("the hub", self._hub.adapters)
+        return [line for adapter in adapters if (line := self._line(adapter, self._default_alias)) is not None]
+
+    def described(self, text: str) -> Listed | None:
+        """What one reference means, if this base can serve it. Raises: InvalidValue, ModelNotFound."""
+        resolution = self.resolve(text)
+        adapters = _translate("the hub", self._hub.adapters, resolution.name)
+        return self._line(adapters[0], str(resolution.version)) if adapters else None
 
     def head(self) -> int:
         return _translate("the hub", self._hub.head)
 
-    def events(self, after: int) -> Sequence[Event]:
-        return _translate("the hub", self._hub.events, after)
+    def watch(self, after: int) -> Iterator[Sequence[Happened]]:
+        """Events as they happen, and none now and then. Raises: Unavailable, Forgotten."""
+        try:
+            for events in self._hub.watch(after):
+                for event in events:
+                    if event.kind == "removed":
+                        self._fixed.clear()
+                yield [Happened(event.seq, event.name) for event in events]
+        except LogLost as error:
+            self._fixed.clear()
+            raise Forgotten from error
+        except HubError as error:
+            raise _server_error("its events", error) from error
 
-    def _fits(self, digest: str) -> bool:
-        if digest not in self._fitting:
-            manifest = _translate(digest, self._hub.manifest, digest)
-            self._fitting[digest] = manifest.base.fingerprint == self._base.fingerprint
-        return self._fitting[digest]
+    def _allows(self, name: str) -> bool:
+        return not self._allow or any(fits(name, pattern) for pattern in self._allow)
+
+    def _line(self, adapter: HubAdapter, selector: str) -> Listed | None:
+        version = int(selector) if selector.isdecimal() else adapter.aliases.get(selector)
+        found = next((one for one in adapter.versions if one.version == version), None)
+        if found is None or found.fingerprint != self._base.fingerprint or not self._allows(adapter.name):
+            return None
+        resolution = Resolution(adapter.name, found.version, found.digest, None)
+        return Listed(resolution, found.kind, int(found.at.timestamp()))
 
     def _check_base(self, manifest: Manifest, label: str) -> None:
         if manifest.base.fingerprint == self._base.fingerprint:
@@ -181,7 +234,8 @@ class Source:
         )
 
     def _hint(self, reference: Reference) -> str:
-        names = [adapter.name for adapter in _translate("the hub", self._hub.adapters)]
+        listed = _translate("the hub", self._hub.adapters)
+        names = [adapter.name for adapter in listed if self._allows(adapter.name)]
         near = get_close_matches(reference.name, names, n=3)
         return f"; near names: {', '.join(near)}" if near else ""
 
@@ -200,4 +254,6 @@ def _server_error(what: str, error: HubError) -> ServerError:
         return ModelNotFound(UNKNOWN_MODEL.format(what[:200]), param="model")
     if isinstance(error, Corrupt):
         return AdapterUnavailable(f"{what} is corrupt in the hub: its bytes do not match their digest")
+    if isinstance(error, HubUnavailable):
+        return Unavailable(f"the hub cannot be reached for {what[:200]}", retry_after_s=HUB_RETRY_S)
     return AdapterUnavailable(f"the hub did not give {what}: {type(error).__name__}")

@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,9 +25,9 @@ from torch import Tensor
 
 from server.adapters import golden
 from server.adapters.lowering import Target, lower
-from server.adapters.source import Artifact, Resolution, Source
+from server.adapters.source import Artifact, Forgotten, Happened, Listed, Resolution, Source
 from server.config import AdapterConfig
-from server.contract import AdapterStatus, Lease, Servable
+from server.contract import AdapterStatus, HubStatus, Lease, Servable
 from server.errors import (
     AdapterIncompatible,
     AdapterUnavailable,
@@ -44,6 +45,7 @@ from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture
 log = logging.getLogger(__name__)
 
 ROOM_TIMEOUT_S = 30.0
+RECONNECT_S = 0.25
 
 
 class Workshop(Protocol):
@@ -113,6 +115,7 @@ class AdapterStore:
         self._named: dict[str, str] = {}  # names given by load_lora_adapter
         self._load_slots = asyncio.Semaphore(config.max_concurrent_loads)
         self._room = asyncio.Event()
+        self._hub = HubStatus(True, 0, None)
         self._background: set[asyncio.Task[None]] = set()
 
     async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
@@ -138,23 +141,23 @@ class AdapterStore:
         if resident.leases == 0:
             self._room.set()
 
+    def given_names(self) -> Collection[str]:
+        return self._named.keys()
+
     async def known(self, reference: str) -> Servable | None:
         target = self._named.get(reference, reference)
         with suppress(ModelNotFound, InvalidValue):
-            resolution = await asyncio.to_thread(self._source.resolve, target)
-            listed = await asyncio.to_thread(self._source.listed)
-            line = next((one for one in listed if one.resolution.name == resolution.name), None)
-            if line is not None:
-                return Servable(reference, resolution.version, resolution.digest, line.kind, line.created)
+            line = await asyncio.to_thread(self._source.described, target)
+            return None if line is None else _servable(reference, line)
         return None
 
     async def servable(self) -> Sequence[Servable]:
         listed = await asyncio.to_thread(self._source.listed)
-        lines = [
-            Servable(one.resolution.name, one.resolution.version, one.resolution.digest, one.kind, one.created)
-            for one in listed
-        ]
+        lines = [_servable(one.resolution.name, one) for one in listed]
         return lines + [found for name in self._named if (found := await self.known(name)) is not None]
+
+    def hub(self) -> HubStatus:
+        return self._hub
 
     def resident(self) -> Sequence[AdapterStatus]:
         lines = [self._status(one) for one in self._resident.values()]
@@ -187,17 +190,73 @@ class AdapterStore:
         return await self._drop(reference, strict=True)
 
     async def watch(self) -> None:
-        """Follow the hub's events for ever: aliases in use move when their new version has proved itself."""
-        seen = await asyncio.to_thread(self._source.head)
+        """Follow the hub for ever: aliases in use move when their new version has proved itself.
+
+        While the hub is away everything goes on with what is here; when it is back, what happened meanwhile is caught
+        up with by the numbers of its events.
+        """
+        seen: int | None = None
         while True:
-            await asyncio.sleep(self._config.poll_s)
             try:
-                events = await asyncio.to_thread(self._source.events, seen)
-                for name in dict.fromkeys(event.name for event in events):
-                    await self._follow(name)
-                seen = max([seen, *(event.seq for event in events)])
+                if seen is None:
+                    seen = await asyncio.to_thread(self._source.head)
+                    await self._follow_all(seen)
+                async with aclosing(self._events(seen)) as batches:
+                    async for events in batches:
+                        for name in dict.fromkeys(event.name for event in events):
+                            await self._follow(name)
+                        seen = max([seen, *(event.seq for event in events)])
+                        self._found(seen)
+            except Forgotten:
+                log.warning("the hub has gone back behind event %s: asking anew what its aliases mean", seen)
+                seen = None
             except ServerError as error:
-                log.warning("the hub could not be read, asking again: %s", error.message)
+                self._lost(error)
+                await asyncio.sleep(RECONNECT_S)
+
+    async def _events(self, after: int) -> AsyncGenerator[Sequence[Happened], None]:
+        """The hub's events, read in a thread of their own: waiting for the next one takes no worker away."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Sequence[Happened] | Exception] = asyncio.Queue()
+        over = threading.Event()
+
+        def hand_over(item: Sequence[Happened] | Exception) -> None:
+            with suppress(RuntimeError):  # the loop has ended before this thread
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        def read() -> None:
+            try:
+                for events in self._source.watch(after):
+                    if over.is_set():
+                        return
+                    hand_over(events)
+            except (ServerError, Forgotten) as error:
+                hand_over(error)
+
+        threading.Thread(target=read, name="hub-events", daemon=True).start()
+        try:
+            while True:
+                item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            over.set()
+
+    async def _follow_all(self, seen: int) -> None:
+        for name in {name for name, _ in self._pointers}:
+            await self._follow(name)
+        self._found(seen)
+
+    def _found(self, seen: int) -> None:
+        if not self._hub.reachable:
+            log.info("the hub is back, at event %d", seen)
+        self._hub = HubStatus(True, seen, None)
+
+    def _lost(self, error: ServerError) -> None:
+        if self._hub.reachable or self._hub.away_since is None:
+            log.warning("the hub is away, serving goes on with what is here: %s", error.message)
+            self._hub = HubStatus(False, self._hub.seen, time.time())
 
     def _combined(self, terms: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
         """The same reference twice is one adapter with the sum of the weights."""
@@ -424,6 +483,10 @@ class AdapterStore:
                     asked.add(name)
         asked.update(name for name, reference in self._named.items() if reference in asked)
         return sorted(asked)
+
+
+def _servable(id_: str, line: Listed) -> Servable:
+    return Servable(id_, line.resolution.version, line.resolution.digest, line.kind, line.created)
 
 
 def _absent(resolution: Resolution, tier: str, error: str | None) -> AdapterStatus:

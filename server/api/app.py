@@ -6,6 +6,7 @@ says no, while running ones finish and /health stays well.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +37,7 @@ from server.api.requests import (
 from server.api.service import ServerInfo, Service
 from server.api.tokens import detokenize, tokenize
 from server.config import AdapterConfig, HttpConfig
-from server.contract import Adapters, Engine
+from server.contract import Adapters, Engine, HubStatus
 from server.errors import MalformedBody, MethodNotAllowed, RouteNotFound, ServerError
 from server.metrics import Metrics
 from server.text.tokenizer import Tokenizer
@@ -143,7 +144,8 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     async def ready(request: Request) -> Response:
         draining = request.app.state.draining
         status = "draining" if draining else "ready" if service.engine.alive else "failed"
-        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+        body = {"status": status, **_hub_body(service.adapters.hub())}
+        return JSONResponse(body, 200 if status == "ready" else 503)
 
     @app.get("/version", **json_docs())
     async def version() -> Any:
@@ -152,6 +154,13 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", **json_docs())
     async def scrape() -> Response:
         return Response(service.metrics.scrape(), media_type=service.metrics.content_type)
+
+
+def _hub_body(hub: HubStatus) -> dict[str, Any]:
+    """A hub that is away does not make a server unready: it serves what it has."""
+    if hub.reachable:
+        return {"hub": "reachable"}
+    return {"hub": "away", "hub_away_s": round(time.time() - (hub.away_since or time.time()), 1)}
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

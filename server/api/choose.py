@@ -17,12 +17,6 @@ Terms = tuple[tuple[str, float], ...]  # (reference, weight); none: the bare bas
 
 ROUTED = "auto"
 _WEIGHT = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?")  # no plus sign: it parts the terms
-_GRAMMAR = frozenset("+*:")
-
-
-def is_ambiguous(model: str) -> bool:
-    """Whether a served name could be mistaken for a mixture or a prefixed name; if not, asking is needless."""
-    return not _GRAMMAR.isdisjoint(model)
 
 
 def choose(body: GenerationBody, *, base_names: Collection[str], whole_names: Collection[str] = ()) -> Terms:

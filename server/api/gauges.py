@@ -38,6 +38,9 @@ class Gauges(Collector):
         )
         cache.add_metric([str(engine.block_size), str(engine.kv_blocks_total)], 1)
         yield cache
+        hub = self._adapters.hub()
+        yield GaugeMetricFamily("multigraft_hub_reachable", "1 while the hub can be reached.", value=int(hub.reachable))
+        yield GaugeMetricFamily("multigraft_hub_event_seq", "The last event of the hub acted on.", value=hub.seen)
         adapters = self._adapters.resident()
         yield self._lora_requests(adapters)
         resident = GaugeMetricFamily("multigraft_adapter_resident_bytes", "Adapters in memory.", labels=["tier"])

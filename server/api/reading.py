@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.api.body import check
-from server.api.choose import Terms, choose, is_ambiguous
+from server.api.choose import Terms, choose
 from server.api.generation import Order
 from server.api.messages import encode_messages
 from server.api.prompts import EncodedPrompt, encode_prompt, read_prompts
@@ -37,7 +37,7 @@ async def read_chat(service: Service, data: dict[str, Any]) -> Ticket:
     checked = check(ChatBody, data, lenient=service.config.lenient)
     body = checked.body
     ids = await encode_messages(service, body.messages, body)
-    order = await _order(
+    order = _order(
         service, body, (EncodedPrompt(ids),), max_tokens=_max_tokens(body), logprobs=_chat_logprobs(body), echo=False
     )
     shape = ChatShape(_wanted(service, body, order), service.tokenizer.vocabulary, ids)
@@ -50,7 +50,7 @@ async def read_completion(service: Service, data: dict[str, Any]) -> Ticket:
     body = checked.body
     prompts = await _encode_prompts(service, body)
     max_tokens = _max_tokens(body)
-    order = await _order(
+    order = _order(
         service,
         body,
         prompts,
@@ -63,15 +63,12 @@ async def read_completion(service: Service, data: dict[str, Any]) -> Ticket:
     return _ticket(body, order, shape, checked.ignored)
 
 
-async def read_choice(service: Service, body: GenerationBody) -> Terms:
+def read_choice(service: Service, body: GenerationBody) -> Terms:
     """Raises: InvalidValue, UnsupportedParameter, MixtureRefused."""
-    whole: set[str] = set()
-    if body.model and is_ambiguous(body.model) and await service.adapters.known(body.model) is not None:
-        whole.add(body.model)
-    return choose(body, base_names=service.base_names, whole_names=whole)
+    return choose(body, base_names=service.base_names, whole_names=service.adapters.given_names())
 
 
-async def _order(
+def _order(
     service: Service,
     body: GenerationBody,
     prompts: tuple[EncodedPrompt, ...],
@@ -82,7 +79,7 @@ async def _order(
 ) -> Order:
     size = len(service.tokenizer.vocabulary)
     return Order(
-        terms=await read_choice(service, body),
+        terms=read_choice(service, body),
         prompts=prompts,
         sampling=read_sampling(body, seed=_seed(body), vocabulary_size=size),
         n=_choices(service, body, prompts=len(prompts)),

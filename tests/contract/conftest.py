@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from hub.client import RemoteHub
 from hub.contract import Hub
 from hub.registry import LocalHub
+from tests.registries import ADMIN_KEY, threaded
 from tests.unit.hub.makers import write_base, write_ia3, write_lora, write_prompt
 
 Folders = Mapping[str, Path]
@@ -20,7 +22,15 @@ def local(home: Path) -> Iterator[Hub]:
     yield LocalHub(home)
 
 
-IMPLEMENTATIONS: Mapping[str, Callable[[Path], AbstractContextManager[Hub]]] = {"local": local}
+@contextmanager
+def remote(home: Path) -> Iterator[Hub]:
+    with threaded(LocalHub(home)) as url:
+        hub = RemoteHub(url, key=ADMIN_KEY)
+        yield hub
+        hub.close()
+
+
+IMPLEMENTATIONS: Mapping[str, Callable[[Path], AbstractContextManager[Hub]]] = {"local": local, "remote": remote}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

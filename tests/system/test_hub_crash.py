@@ -51,6 +51,12 @@ class DyingBlobs:
     def stream(self, sha256: str) -> Iterator[bytes]:
         return self._inner.stream(sha256)
 
+    def adopt(self, path: Path, sha256: str) -> None:
+        self._inner.adopt(path, sha256)
+
+    def size(self, sha256: str) -> int | None:
+        return self._inner.size(sha256)
+
     def stored(self) -> Iterator[tuple[str, int]]:
         return self._inner.stored()
 

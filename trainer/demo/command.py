@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.live import Live
 
 from clients.local import serving
+from hub.connect import open_hub
 from hub.contract import Hub
-from hub.registry import open_hub
 from trainer.demo.asking import Answer, Client, asked, exact_match
 from trainer.demo.lessons import BASE, Lesson, Version, first_try, learn, peft_answers, shipped_lessons
 from trainer.demo.showing import LessonBar, Line, results_table, served_by, show_next_steps, streams_table

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hub.blobs import DirectoryBlobs, read_blob
+from hub.blobs import DirectoryBlobs, open_blob
 from hub.digest import sha256_of
 from hub.errors import BadReference, Corrupt, NotFound
 
@@ -26,7 +26,7 @@ def stored_file(root: Path) -> Path:
 def test_what_was_put_is_read_back_and_a_second_put_writes_nothing(store: DirectoryBlobs) -> None:
     assert store.put(BytesIO(DATA), NAME)
     assert not store.put(BytesIO(DATA), NAME)
-    assert read_blob(store, NAME) == DATA
+    assert open_blob(store, NAME).read() == DATA
     assert list(store.stored()) == [(NAME, len(DATA))]
 
 
@@ -44,21 +44,21 @@ def test_damaged_bytes_are_never_given_out_as_whole_and_a_new_put_mends_them(
     store.put(BytesIO(DATA), NAME)
     stored_file(tmp_path).write_bytes(damage)
     with pytest.raises(Corrupt, match=NAME):
-        read_blob(store, NAME)
+        open_blob(store, NAME).read()
     assert store.put(BytesIO(DATA), NAME)
-    assert read_blob(store, NAME) == DATA
+    assert open_blob(store, NAME).read() == DATA
 
 
 def test_a_blob_that_is_not_there_is_told(store: DirectoryBlobs) -> None:
     with pytest.raises(NotFound):
-        read_blob(store, NAME)
+        open_blob(store, NAME).read()
     store.delete(NAME)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..", "", NAME.upper(), NAME[:-1], NAME + "0", f"{NAME}\n"])
 def test_a_name_that_is_no_sha256_never_becomes_a_path(store: DirectoryBlobs, name: str) -> None:
     with pytest.raises(BadReference):
-        read_blob(store, name)
+        open_blob(store, name).read()
     with pytest.raises(BadReference):
         store.put(BytesIO(DATA), name)
     with pytest.raises(BadReference):

@@ -14,9 +14,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from hub.blobs import BlobStore, DirectoryBlobs
-from hub.errors import BadReference, Corrupt, HubUnavailable, NotFound, Refused, RemoteUnsupported
+from hub.client import RemoteHub
+from hub.connect import open_hub
+from hub.errors import BadReference, Corrupt, HubUnavailable, NotFound, Refused
 from hub.ref import parse_reference
-from hub.registry import LocalHub, open_hub
+from hub.registry import LocalHub
 from tests.unit.hub.makers import write_base, write_lora, write_prompt
 
 LATER_S = 2 * 3600.0
@@ -52,6 +54,12 @@ class PausingBlobs:
 
     def stream(self, sha256: str) -> Iterator[bytes]:
         return self._inner.stream(sha256)
+
+    def adopt(self, path: Path, sha256: str) -> None:
+        self._inner.adopt(path, sha256)
+
+    def size(self, sha256: str) -> int | None:
+        return self._inner.size(sha256)
 
     def stored(self) -> Iterator[tuple[str, int]]:
         return self._inner.stored()
@@ -213,10 +221,15 @@ def test_a_home_that_cannot_be_used_is_told(tmp_path: Path) -> None:
 def test_a_hub_is_found_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HUB_URL", raising=False)
     monkeypatch.setenv("MULTIGRAFT_HOME", str(tmp_path / "named"))
-    assert open_hub().home == tmp_path / "named"
-    assert open_hub(tmp_path / "given").home == tmp_path / "given"
-    monkeypatch.setenv("HUB_URL", "https://hub.example")
-    with pytest.raises(RemoteUnsupported, match=r"https://hub\.example"):
+    here = open_hub()
+    assert isinstance(here, LocalHub)
+    assert here.home == tmp_path / "named"
+    monkeypatch.setenv("HUB_URL", "https://hub.example/")
+    there = open_hub()
+    assert isinstance(there, RemoteHub)
+    assert there.url == "https://hub.example"
+    monkeypatch.setenv("HUB_URL", "hub.example")
+    with pytest.raises(BadReference, match=r"hub\.example is no address of a hub"):
         open_hub()
 
 

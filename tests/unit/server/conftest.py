@@ -161,7 +161,7 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
     async def make(*, watch: bool = False, **settings: Any) -> AsyncIterator[Rig]:
         engine_fields = {name: settings.pop(name) for name in list(settings) if hasattr(EngineConfig(), name)}
         engine = EngineLoop(network, replace(EngineConfig(block_size=4, kv_bytes=1 << 22), **engine_fields))
-        config = replace(AdapterConfig(poll_s=0.02), **settings)
+        config = replace(AdapterConfig(), **settings)
         facts = network.facts
         target = Target(
             facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, config.max_rank, config.max_virtual

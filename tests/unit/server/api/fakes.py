@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 
-from server.contract import AdapterStatus, EngineSnapshot, Lease, Servable
+from server.contract import AdapterStatus, EngineSnapshot, HubStatus, Lease, Servable
 from server.errors import (
     AdapterIncompatible,
     AdapterUnavailable,
@@ -168,6 +168,7 @@ class FakeAdapters:
     resident_digests: dict[str, AdapterStatus] = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
     loads: int = 0
+    status: HubStatus = field(default_factory=lambda: HubStatus(True, 7, None))
 
     async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
         found = []
@@ -178,6 +179,12 @@ class FakeAdapters:
         if self.moving is not None:
             self.versions[self.moving] += 1
         return FakeLease(self, Mixture(tuple(found)))
+
+    def given_names(self) -> Collection[str]:
+        return self.named.keys()
+
+    def hub(self) -> HubStatus:
+        return self.status
 
     async def known(self, reference: str) -> Servable | None:
         try:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import httpx
 
+from server.contract import HubStatus
 from tests.unit.server.api.live import BASE, Live, wait_until
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -11,8 +13,19 @@ HI = [{"role": "user", "content": "Hi"}]
 
 def test_a_server_that_works_is_well_and_ready(http: httpx.Client) -> None:
     assert (http.get("/health").status_code, http.get("/health").json()) == (200, {"status": "ok"})
-    assert (http.get("/ready").status_code, http.get("/ready").json()) == (200, {"status": "ready"})
+    ready = http.get("/ready")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "hub": "reachable"})
     assert http.get("/version").json() == {"version": "0.0.test", "base": BASE}
+
+
+def test_a_server_whose_hub_is_away_is_ready_and_says_so(live: Live, http: httpx.Client) -> None:
+    live.adapters.status = HubStatus(False, 7, time.time() - 60)
+    ready = http.get("/ready")
+    assert (ready.status_code, ready.json()["status"], ready.json()["hub"]) == (200, "ready", "away")
+    assert ready.json()["hub_away_s"] >= 60
+    lines = http.get("/metrics").text.splitlines()
+    assert "multigraft_hub_reachable 0.0" in lines
+    assert "multigraft_hub_event_seq 7.0" in lines
 
 
 def test_a_dead_engine_is_neither_well_nor_ready(live: Live, http: httpx.Client) -> None:

@@ -1,0 +1,8 @@
+"""The kinds of adapters that a hub keeps: one word each, in records, listings and messages."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Kind = Literal["lora", "ia3", "prefix", "prompt", "p-tuning"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
