@@ -14,14 +14,11 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +28,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.machine import machine
 from clients.local import serving
 from hub.registry import LocalHub
 
 VOCABULARY, PROMPT, NEW, REQUESTS, AT_ONCE, ADAPTERS, RANK = 32_000, 128, 64, 32, 16, 16, 8
+PACKAGES = ("multigraft", "torch", "transformers", "peft")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -137,23 +136,6 @@ class Peft:
         return Round(REQUESTS * NEW / (time.perf_counter() - began), float("nan"))
 
 
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    packages = ("multigraft", "torch", "transformers", "peft")
-    return {
-        "commit": commit.stdout.strip(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-
-
 def run(rounds: int, room: Path) -> dict[str, Any]:
     base = room / "base"
     make_base(base)
@@ -173,7 +155,10 @@ def run(rounds: int, room: Path) -> dict[str, Any]:
             rows = [f"a{place}" for place in range(ADAPTERS)]
             results.setdefault("PEFT, base", []).append(theirs.load(["__base__"], number))
             results.setdefault("PEFT, 16 adapters", []).append(theirs.load(rows, number))
-    return {"machine": machine(), "rounds": {label: [asdict(one) for one in all_] for label, all_ in results.items()}}
+    return {
+        "machine": machine(PACKAGES),
+        "rounds": {label: [asdict(one) for one in all_] for label, all_ in results.items()},
+    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -26,6 +26,9 @@ from hub.contract import Adapter, Event, Hub, Resolved
 from hub.errors import BadReference, HubError
 from hub.ref import Reference, parse_reference, printable
 from hub.registry import default_home
+
+if TYPE_CHECKING:
+    from hub.client import Progress
 
 COMMANDS_GROUP = "hub.commands"
 _OURS = ("hub", "server", "trainer")
@@ -131,8 +134,8 @@ def push(
     """Validate a folder and store it as the next version of NAME; the same bytes again are the same version."""
     from hub.base import find_base
 
-    with working(f"pushing {printable(str(folder))}"):
-        pushed = open_hub().push(
+    with working(f"pushing {printable(str(folder))}") as progress:
+        pushed = open_hub(progress=progress).push(
             folder, name, aliases=alias or (), note=note, base=None if base is None else find_base(base)
         )
     if as_json:
@@ -153,8 +156,8 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter as a folder that PEFT loads, whole or not at all; every byte is re-hashed."""
-    with working(f"pulling {printable(ref)}"):
-        resolved = open_hub().pull(parse_reference(ref), folder)
+    with working(f"pulling {printable(ref)}") as progress:
+        resolved = open_hub(progress=progress).pull(parse_reference(ref), folder)
     _print_resolved(resolved, quiet=quiet, as_json=as_json)
 
 
@@ -375,14 +378,13 @@ def login(
     ] = None,
 ) -> None:
     """Store the key of a remote hub, for you alone, and for that address alone."""
-    from hub.client import RemoteHub
     from hub.credentials import store_key
 
     if key is None:
         if not sys.stdin.isatty():
             raise BadReference("no key: give --key, set HUB_TOKEN, or run this in a terminal")
         key = typer.prompt("key", hide_input=True)
-    asking = RemoteHub(url, key=key).whoami()
+    asking = open_remote(url, key=key).whoami()
     where = store_key(default_home(), url, key)
     typer.echo(f"{url} knows you as {asking.name}, who may {', '.join(sorted(asking.scopes))}; stored in {where}")
     typer.echo(f"use it with: export {URL_VARIABLE}={url}", err=True)
@@ -432,6 +434,8 @@ def registry(
     if strange:
         raise BadReference(f"--anonymous {printable(strange[0])}: known are {', '.join(SCOPES)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for chatty in ("alembic", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     limits = Limits(max_rank=max_rank, max_virtual_tokens=max_virtual, max_weights_bytes=max_weights_bytes)
     config = RegistryConfig(
         host=host,
@@ -511,15 +515,32 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner on stderr while something takes its time; nothing when nobody watches."""
+def working(what: str) -> Iterator[Progress | None]:
+    """A spinner on stderr while something takes its time, and a bar for each file that travels; nothing when nobody
+    watches."""
     if not sys.stderr.isatty():
-        yield
+        yield None
         return
+    from rich import progress
     from rich.console import Console
 
-    with Console(stderr=True, markup=False).status(what):
-        yield
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bars.add_task(what, total=None)
+        files: dict[str, progress.TaskID] = {}
+
+        def show(file: str, there: int, size: int) -> None:
+            if file not in files:
+                files[file] = bars.add_task(file, total=size)
+            bars.update(files[file], completed=there)
+
+        yield show
 
 
 def _outcome(hub: Hub, reference: Reference) -> tuple[bool, dict[str, Any]]:

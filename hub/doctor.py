@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hub.base import describe_base, embedded_bases, find_base
+from hub.connect import URL_VARIABLE, open_remote
 from hub.errors import HubError
 from hub.registry import LocalHub
 from hub.tables import size
 
+REMOTE_PATIENCE_S = 2.0
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 NEEDS: Mapping[str, Sequence[str]] = {
     "serve": ("torch", "transformers", "safetensors", "fastapi", "uvicorn", "prometheus_client"),
@@ -45,6 +47,7 @@ def examine(home: Path) -> list[Finding]:
     """Everything that decides what will work here, the hub's own home first."""
     return [
         _home(home),
+        *_remote(),
         *_bases(),
         Finding("push, pull, browse", True, "yes: need nothing more"),
         *(_ability(command, packages) for command, packages in NEEDS.items()),
@@ -71,6 +74,18 @@ def _home(home: Path) -> Finding:
     if not os.access(home, os.W_OK):
         return Finding("hub home", False, f"{home} cannot be written")
     return Finding("hub home", True, f"{home}: adapters {len(adapters)}, versions {versions}, {free} free on the disk")
+
+
+def _remote() -> list[Finding]:
+    """The hub that HUB_URL names, if it names one."""
+    url = os.environ.get(URL_VARIABLE)
+    if not url:
+        return []
+    try:
+        asking = open_remote(url, patience_s=REMOTE_PATIENCE_S).whoami()
+    except HubError as error:
+        return [Finding("remote hub", False, str(error))]
+    return [Finding("remote hub", True, f"{url} knows you as {asking.name}: {', '.join(sorted(asking.scopes))}")]
 
 
 def _bases() -> list[Finding]:

@@ -82,6 +82,8 @@ def serve(
     Every option is read from MULTIGRAFT_SERVE_OPTION, too.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for chatty in ("alembic", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     config = ServerConfig(
         model=ModelConfig(base=base, dtype=dtype, device=device, quantize=quantize),
         engine=EngineConfig(

@@ -24,7 +24,7 @@ from fastapi import FastAPI
 from hub.base import describe_base, find_base
 from hub.connect import open_reader
 from hub.contract import HubReader
-from hub.errors import HubError
+from hub.errors import HubError, HubUnavailable
 from hub.http.doorkeeper import guarded
 from server.adapters.lowering import Target
 from server.adapters.source import Source
@@ -109,10 +109,16 @@ def _public_name(base: str) -> str:
 
 def run(config: ServerConfig) -> None:
     """Serve until told to stop. Raises: StartupRefused."""
+    hub: HubReader | None = None
     try:
         hub = open_reader(cache_bytes=config.adapters.disk_bytes)
-    except HubError as error:
-        raise StartupRefused(str(error)) from error
+        hub.head()
+    except HubUnavailable as error:
+        if hub is None:
+            raise StartupRefused(str(error)) from error
+        log.warning("starting without the hub: %s", error)
+    except HubError as error:  # no address, a key that it does not take: waiting would mend nothing
+        raise StartupRefused(f"the hub refuses this server: {error}") from error
     server = build(config, hub)
     server.engine.start()
     try:

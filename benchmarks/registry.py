@@ -1,0 +1,215 @@
+"""The registry: how fast bytes go in and out beside a plain copy with sha256, how long a lookup takes in a large hub,
+and how soon a moved alias answers.
+
+    python -m benchmarks.registry [--rounds 5] [--megabytes 256] [--names 10000] [--out benchmarks/results]
+
+All over HTTP on the loopback: registry, server and client share the cores. Push includes what a push does: the client
+checks every value and hashes, the registry hashes what arrives, checks it all again, and flushes to the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import sqlalchemy as sa
+
+from benchmarks.machine import machine
+from hub.client import RemoteHub
+from hub.manifest import WEIGHTS_FILE
+from hub.ref import parse_reference
+from hub.registry import LocalHub
+from hub.sample import write_sample
+from hub.schema import aliases, files, manifests, open_database, versions, writing
+from tests.large import write_large
+from tests.registries import ADMIN_KEY, READ_KEY, Registry, running
+from tests.system.conftest import serving
+
+PACKAGES = ("multigraft", "fastapi", "uvicorn", "httpx", "SQLAlchemy")
+VERSIONS = 3
+LOOKUPS = 500
+LISTINGS = 20
+MOVES = 20
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Megabytes (2**20) per second."""
+
+    copy: float
+    push: float
+    pull: float
+
+
+def copy_with_sha256(source: Path, target: Path) -> None:
+    """What any registry must do at the least: read, hash, write, flush."""
+    hasher = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as written:
+        while chunk := read.read(1 << 20):
+            hasher.update(chunk)
+            written.write(chunk)
+        written.flush()
+        os.fsync(written.fileno())
+
+
+def throughput(room: Path, registry: Registry, megabytes: int, rounds: int) -> list[Rate]:
+    rates = []
+    hub = registry.hub()
+    for number in range(rounds):
+        folder = write_large(room / "large", megabytes=megabytes, seed=number)
+        (folder / WEIGHTS_FILE).read_bytes()  # into the page cache, for all three alike
+        out = room / f"out-{number}"
+        name = f"bench/large-{number}"
+        work = (
+            partial(copy_with_sha256, folder / WEIGHTS_FILE, room / "copy"),
+            partial(hub.push, folder, name),
+            partial(hub.pull, parse_reference(name), out),
+        )
+        rates.append(Rate(*(megabytes / seconds(one) for one in work)))
+        shutil.rmtree(folder)
+        shutil.rmtree(out)
+    return rates
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def fill(home: Path, names: int, sample: Path) -> None:
+    """Names with versions that were never pushed: rows as a push would make them, of one real manifest."""
+    LocalHub(home).push(sample, "bench/seed")
+    engine = open_database(home / "catalogue.sqlite")
+    with writing(engine) as connection:
+        real = connection.execute(sa.select(manifests)).one()
+        kept = connection.execute(sa.select(files.c.path, files.c.sha256)).all()
+        rows: dict[str, list[dict[str, Any]]] = {"manifests": [], "files": [], "versions": [], "aliases": []}
+        for number in range(names):
+            name = f"team-{number % 100}/adapter-{number}"
+            for version in range(1, VERSIONS + 1):
+                digest = "sha256:" + hashlib.sha256(f"{name}@{version}".encode()).hexdigest()
+                rows["manifests"].append({**real._mapping, "digest": digest})
+                rows["files"] += [{"digest": digest, "path": path, "sha256": sha256} for path, sha256 in kept]
+                about = {"actor": "bench", "note": "", "at": "2026-01-01T00:00:00+00:00", "removed_at": None}
+                rows["versions"].append({"name": name, "version": version, "digest": digest, **about})
+            rows["aliases"] += [
+                {"name": name, "alias": "latest", "version": VERSIONS},
+                {"name": name, "alias": "prod", "version": 1},
+            ]
+        for table in (manifests, files, versions, aliases):
+            connection.execute(table.insert(), rows[table.name])
+
+
+def lookups(hub: RemoteHub, local: LocalHub, names: int) -> dict[str, list[float]]:
+    """Seconds of each call, in the registry's own process and over HTTP."""
+    asked = [parse_reference(f"team-{n % 100}/adapter-{n}@prod") for n in range(0, names, max(1, names // LOOKUPS))]
+    return {
+        "resolve, local": [seconds(partial(local.resolve, one)) for one in asked],
+        "resolve, HTTP": [seconds(partial(hub.resolve, one)) for one in asked],
+        "ls of one namespace, HTTP": [seconds(partial(hub.adapters, "team-7/*")) for _ in range(LISTINGS)],
+        "ls of all, local": [seconds(local.adapters) for _ in range(LISTINGS)],
+        "ls of all, HTTP": [seconds(hub.adapters) for _ in range(LISTINGS)],
+    }
+
+
+def swaps(room: Path, registry: Registry, sample: Path) -> list[float]:
+    """Seconds from the order to move an alias until a new request is answered by the new version, its first load
+    among them: each version is new to the server."""
+    hub = registry.hub()
+    hub.push(sample, "bench/bot", aliases=["prod"])
+    waits = []
+    environment = {"HUB_URL": registry.url, "HUB_TOKEN": READ_KEY}
+    with serving(room / "site", env=environment) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def answers() -> int:
+            body = {"model": "bench/bot@prod", "prompt": "red apple", "max_tokens": 1}
+            return int(client.post("/v1/completions", json=body).raise_for_status().json()["adapters"][0]["version"])
+
+        answers()
+        for number in range(2, MOVES + 2):
+            (sample / "README.md").write_text(f"version {number}\n")
+            version = hub.push(sample, "bench/bot").version
+            began = time.perf_counter()
+            hub.move_alias("bench/bot", version, "prod")
+            while answers() != version:
+                time.sleep(0.005)
+            waits.append(time.perf_counter() - began)
+    return waits
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "median": statistics.median(ordered),
+        "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        "max": ordered[-1],
+        "count": len(ordered),
+    }
+
+
+def run(room: Path, *, rounds: int, megabytes: int, names: int) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "machine": machine(PACKAGES),
+        "megabytes": megabytes,
+        "names": names,
+        "versions": VERSIONS,
+    }
+    sample = room / "sample"
+    write_sample(sample)
+    with running(room / "hub") as registry:
+        rates = throughput(room, registry, megabytes, rounds)
+        report["megabytes_per_s"] = {
+            kind: summary([getattr(one, kind) for one in rates]) for kind in ("copy", "push", "pull")
+        }
+        report["ratio_to_copy"] = {
+            kind: summary([getattr(one, kind) / one.copy for one in rates]) for kind in ("push", "pull")
+        }
+        report["alias_move_to_answer_s"] = summary(swaps(room, registry, sample))
+    fill(room / "many", names, sample)
+    with running(room / "many") as registry:
+        found = lookups(RemoteHub(registry.url, key=ADMIN_KEY), LocalHub(room / "many"), names)
+        report["lookups_s"] = {what: summary(values) for what, values in found.items()}
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = ["| | median | p99 | max |", "|---|---|---|---|"]
+    for kind, rate in report["megabytes_per_s"].items():
+        ratio = report["ratio_to_copy"].get(kind)
+        beside = f" ({ratio['median']:.2f} of the copy)" if ratio else ""
+        lines.append(f"| {kind}, MB/s | {rate['median']:.0f}{beside} | | {rate['max']:.0f} |")
+    timed = {"alias moved to first answer": report["alias_move_to_answer_s"], **report["lookups_s"]}
+    for what, one in timed.items():
+        lines.append(f"| {what}, ms | {one['median'] * 1e3:.1f} | {one['p99'] * 1e3:.1f} | {one['max'] * 1e3:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--names", type=int, default=10_000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
+        report = run(Path(room), rounds=arguments.rounds, megabytes=arguments.megabytes, names=arguments.names)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "registry.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
