@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -12,8 +13,8 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 demo: $(STAMP)  ## train four adapters, push, serve, fuse, swap: the whole of it on the embedded base
 	@$(BIN)/hub demo $(DEMO)
 
-test: $(STAMP)  ## every test; pass PYTEST="-k name" to choose
-	@$(BIN)/python -m pytest $(PYTEST)
+test: $(STAMP)  ## every test, two files at a time; pass PYTEST="-k name" to choose, WORKERS=0 for one at a time
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(STAMP)  ## ruff, mypy --strict, and the storeys of the house
 	@$(BIN)/ruff check .

@@ -18,9 +18,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import httpx
@@ -41,7 +43,7 @@ PACKAGES = ("multigraft", "fastapi", "uvicorn", "httpx", "SQLAlchemy")
 VERSIONS = 3
 LOOKUPS = 500
 LISTINGS = 20
-MOVES = 20
+MOVES = 10
 
 
 @dataclass(frozen=True)
@@ -125,29 +127,51 @@ def lookups(hub: RemoteHub, local: LocalHub, names: int) -> dict[str, list[float
     }
 
 
-def swaps(room: Path, registry: Registry, sample: Path) -> list[float]:
-    """Seconds from the order to move an alias until a new request is answered by the new version, its first load
-    among them: each version is new to the server."""
+def swaps(room: Path, registry: Registry, sample: Path, *, streams: int) -> list[float]:
+    """Seconds from the order to move an alias until new requests on two servers are answered by the new version.
+
+    The version is new to both, so its fetch, its load and its golden rows are in the time. `streams` run all the while.
+    """
     hub = registry.hub()
-    hub.push(sample, "bench/bot", aliases=["prod"])
-    waits = []
+    name = f"bench/bot-{streams}"
+    hub.push(sample, name, aliases=["prod"])
     environment = {"HUB_URL": registry.url, "HUB_TOKEN": READ_KEY}
-    with serving(room / "site", env=environment) as server, httpx.Client(base_url=server.url, timeout=60) as client:
-
-        def answers() -> int:
-            body = {"model": "bench/bot@prod", "prompt": "red apple", "max_tokens": 1}
-            return int(client.post("/v1/completions", json=body).raise_for_status().json()["adapters"][0]["version"])
-
-        answers()
-        for number in range(2, MOVES + 2):
-            (sample / "README.md").write_text(f"version {number}\n")
-            version = hub.push(sample, "bench/bot").version
+    waits = []
+    with ExitStack() as stack:
+        homes = [room / f"site-{streams}-{number}" for number in range(2)]
+        urls = [stack.enter_context(serving(home, env=environment)).url for home in homes]
+        done = Event()
+        stack.callback(done.set)
+        for number in range(streams):
+            Thread(target=keep_streaming, args=(urls[number % 2], f"{name}@prod", done), daemon=True).start()
+        clients = [stack.enter_context(httpx.Client(base_url=url, timeout=60)) for url in urls]
+        for client in clients:
+            answering(client, name)
+        for number in range(MOVES):
+            (sample / "README.md").write_text(f"version {number} of {streams}\n")
+            version = hub.push(sample, name).version
             began = time.perf_counter()
-            hub.move_alias("bench/bot", version, "prod")
-            while answers() != version:
-                time.sleep(0.005)
+            hub.move_alias(name, version, "prod")
+            for client in clients:
+                while answering(client, name) != version:
+                    time.sleep(0.005)
             waits.append(time.perf_counter() - began)
     return waits
+
+
+def keep_streaming(url: str, model: str, done: Event) -> None:
+    body = {"model": model, "prompt": "red apple", "max_tokens": 64, "ignore_eos": True, "stream": True}
+    with httpx.Client(timeout=60) as client, suppress(httpx.TransportError):
+        while not done.is_set():
+            with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                for _ in answer.iter_lines():
+                    pass
+
+
+def answering(client: httpx.Client, name: str) -> int:
+    """The version that answers now."""
+    body = {"model": f"{name}@prod", "prompt": "red apple", "max_tokens": 1}
+    return int(client.post("/v1/completions", json=body).raise_for_status().json()["adapters"][0]["version"])
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -177,7 +201,9 @@ def run(room: Path, *, rounds: int, megabytes: int, names: int) -> dict[str, Any
         report["ratio_to_copy"] = {
             kind: summary([getattr(one, kind) / one.copy for one in rates]) for kind in ("push", "pull")
         }
-        report["alias_move_to_answer_s"] = summary(swaps(room, registry, sample))
+        report["alias_move_to_answer_s"] = {
+            f"{streams} streams": summary(swaps(room, registry, sample, streams=streams)) for streams in (0, 24)
+        }
     fill(room / "many", names, sample)
     with running(room / "many") as registry:
         found = lookups(RemoteHub(registry.url, key=ADMIN_KEY), LocalHub(room / "many"), names)
@@ -191,7 +217,8 @@ def table(report: dict[str, Any]) -> str:
         ratio = report["ratio_to_copy"].get(kind)
         beside = f" ({ratio['median']:.2f} of the copy)" if ratio else ""
         lines.append(f"| {kind}, MB/s | {rate['median']:.0f}{beside} | | {rate['max']:.0f} |")
-    timed = {"alias moved to first answer": report["alias_move_to_answer_s"], **report["lookups_s"]}
+    moves = {f"alias moved to both answers, {load}": one for load, one in report["alias_move_to_answer_s"].items()}
+    timed = {**moves, **report["lookups_s"]}
     for what, one in timed.items():
         lines.append(f"| {what}, ms | {one['median'] * 1e3:.1f} | {one['p99'] * 1e3:.1f} | {one['max'] * 1e3:.1f} |")
     return "\n".join(lines)

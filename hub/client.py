@@ -2,8 +2,8 @@
 
 What is safe to say twice is said again when the network fails, with growing pauses, as long as `patience_s` without
 any progress: reading, sending the pieces of a push, and its commit (the same bytes are the same version). What is not
-(moving an alias, removing, keys) is said once; when the answer is lost, the error says that nobody knows, and how to look.
-Every byte that arrives is re-hashed. A key goes to the origin that it was given for; redirects are refused.
+(moving an alias, removing, keys) is said once; when the answer is lost, the error says that nobody knows, and how to
+look. Every byte that arrives is re-hashed. A key goes to the origin that it was given for; redirects are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -36,11 +36,13 @@ Progress = Callable[[str, int, int], None]  # file, bytes that are there, bytes 
 
 PATIENCE_S = 20.0
 CONNECT_S = 5.0
-READ_S = 60.0  # a commit validates and hashes everything before it answers
+READ_S = 60.0
+SLOWEST_BYTES_S = 20e6  # of a hub that reads a file through before it answers: a commit, a resumed piece or download
 WATCH_READ_S = 20.0  # the hub shows a sign of life more often than that
 CHUNK_BYTES = 1 << 20
 MAX_NOTE = 2000
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 3.0
+_TRIES = 3
 _AGAIN = frozenset({502, 503, 504})
 
 
@@ -77,17 +79,21 @@ class RemoteHub:
         manifest = validate(folder, base=base)
         described, modules = describe(folder, base=base)
         body = commit_body(described, modules, aliases=list(aliases), note=note)
-        while True:
+        for tries_left in reversed(range(_TRIES)):
             upload = self._begin(name, manifest)
             try:
                 for missing in upload.missing:
                     self._send_file(folder, manifest, upload.upload, missing)
-                pushed = self._ask(Pushed, "POST", f"{API}/uploads/{upload.upload}/commit", json=body)
-            except UploadGone:
-                continue  # it expired, or our commit was done and its answer lost: then nothing is missing now
+                path = f"{API}/uploads/{upload.upload}/commit"
+                pushed = self._ask(Pushed, "POST", path, json=body, timeout=_timeout(manifest.files))
+            except UploadGone:  # it expired, or our commit was done and its answer lost: then nothing is missing now
+                if not tries_left:
+                    raise
+                continue
             if pushed.digest != manifest.digest:
                 raise Corrupt(f"the hub has stored {name} as {pushed.digest}, here it is {manifest.digest}")
             return pushed
+        raise AssertionError("the last try returns or raises")
 
     def resolve(self, reference: Reference, *, default_alias: str = LATEST) -> Resolved:
         asked = {"ref": str(reference), "default_alias": default_alias}
@@ -247,7 +253,8 @@ class RemoteHub:
 
             headers = {"upload-offset": str(offset), "content-length": str(entry.size - offset)}
             path = f"{API}/uploads/{upload}/{entry.sha256}"
-            return _parse(Missing, self._exchange("PATCH", path, content=body(), headers=headers))
+            sent = self._exchange("PATCH", path, content=body(), headers=headers, timeout=_timeout([entry]))
+            return _parse(Missing, sent)
 
     def _whole(self, upload: str, entry: FileEntry) -> int | None:
         """How far the hub has come with a file; None when it has it."""
@@ -260,7 +267,7 @@ class RemoteHub:
         patience = _Patience(self._patience_s)
         while position < entry.size:
             try:
-                for chunk in self._pieces(f"{API}/files/{digest}/{quote(entry.path, safe='')}", position):
+                for chunk in self._pieces(digest, entry, position):
                     patience.renew()
                     hasher.update(chunk)
                     position += len(chunk)
@@ -277,10 +284,11 @@ class RemoteHub:
         if held:
             yield held
 
-    def _pieces(self, path: str, start: int) -> Iterator[bytes]:
+    def _pieces(self, digest: str, entry: FileEntry, start: int) -> Iterator[bytes]:
+        path = f"{API}/files/{digest}/{quote(entry.path, safe='')}"
         headers = {"range": f"bytes={start}-"} if start else {}
         try:
-            with self._http.stream("GET", path, headers=headers) as answer:
+            with self._http.stream("GET", path, headers=headers, timeout=_timeout([entry])) as answer:
                 if answer.status_code != (206 if start else 200):
                     answer.read()
                     raise self._refusal(answer)
@@ -366,6 +374,11 @@ class _Patience:
             raise error
         time.sleep(pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+
+
+def _timeout(files: Iterable[FileEntry]) -> httpx.Timeout:
+    """For what the hub answers when it has read these files through."""
+    return httpx.Timeout(READ_S + sum(entry.size for entry in files) / SLOWEST_BYTES_S, connect=CONNECT_S)
 
 
 @cache

@@ -21,6 +21,8 @@ _PORTS = {"http": 80, "https": 443}
 
 def check_url(url: str) -> str:
     """An address of a hub without a slash at its end. Raises: BadReference."""
+    if "@" in url:  # first of all, so that no message shows a password
+        raise BadReference("a hub's address holds no user and no password: use hub login or HUB_TOKEN")
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -29,8 +31,6 @@ def check_url(url: str) -> str:
     plain = parts.scheme in _PORTS and parts.hostname and re.fullmatch(r"[\x21-\x7e]+", url)
     if not plain or parts.query or parts.fragment or port == 0:
         raise BadReference(f"{printable(url)} is no address of a hub such as https://hub.example:8080")
-    if parts.username is not None or parts.password is not None:
-        raise BadReference("a hub's address holds no user and no password: use hub login or HUB_TOKEN")
     return url.rstrip("/")
 
 

@@ -22,13 +22,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine, Row
 
 from hub.errors import BadReference, NotFound
-from hub.ref import SLUG, printable
+from hub.ref import SLUG, is_name, printable
 from hub.schema import keys, reading, writing
 
 Scope = Literal["read", "push", "promote", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 MAX_PATTERNS = 64
+MAX_LIFE_S = 1e10  # three centuries
 _KEY = re.compile(r"mgk_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _PATTERN = re.compile(r"[a-z0-9._*/-]{1,193}")
 
@@ -94,6 +95,8 @@ class Keys:
     ) -> Created:
         """Raises: BadReference."""
         check_key(name, scopes, names)
+        if life_s is not None and not 0 < life_s <= MAX_LIFE_S:  # NaN is neither, and would never expire
+            raise BadReference(f"a life of {life_s:g} s: a key lives above 0 and up to {MAX_LIFE_S:g} s, or for ever")
         id_ = secrets.token_hex(6)
         secret = f"mgk_{id_}_{secrets.token_urlsafe(32)}"
         now = self._clock()
@@ -134,9 +137,18 @@ class Keys:
             row = connection.execute(sa.select(keys).where(keys.c.key == match[1])).first()
         if row is None or not hmac.compare_digest(row.sha256, _hash(secret)):
             return None
-        if row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= self._clock()):
+        if self._is_over(row):
             return None
         return Principal(row.key, row.name, frozenset(row.scopes.split()), tuple(row.names.split()))
+
+    def is_over(self, principal: Principal) -> bool:
+        """Whether the key behind a principal was revoked or has expired since it was shown."""
+        with reading(self._engine) as connection:
+            row = connection.execute(sa.select(keys).where(keys.c.key == principal.id)).first()
+        return row is not None and self._is_over(row)
+
+    def _is_over(self, row: Row[Any]) -> bool:
+        return row.revoked_at is not None or (row.expires_at is not None and row.expires_at <= self._clock())
 
 
 def check_key(name: str, scopes: Sequence[str], names: Sequence[str]) -> None:
@@ -149,7 +161,7 @@ def check_key(name: str, scopes: Sequence[str], names: Sequence[str]) -> None:
     if not 1 <= len(names) <= MAX_PATTERNS:
         raise BadReference(f"{len(names)} patterns of names: a key has 1 to {MAX_PATTERNS}")
     for pattern in names:
-        if not _PATTERN.fullmatch(pattern):
+        if not (_PATTERN.fullmatch(pattern) and is_name(pattern.replace("*", "a"))):
             raise BadReference(f"{printable(pattern)} is no pattern of names such as team/* or *")
 
 

@@ -110,6 +110,11 @@ def check_name(name: str) -> str:
     raise BadReference(f"name {shown} does not fit: {_NAME_RULE}")
 
 
+def is_name(text: str) -> bool:
+    """Whether a text fits the grammar of names."""
+    return _NAME.fullmatch(text) is not None
+
+
 def check_alias(alias: str) -> str:
     """Raises: BadReference unless the alias is a slug that is no number."""
     if _NUMBER.fullmatch(alias):

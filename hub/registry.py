@@ -135,13 +135,16 @@ class LocalHub:
         sizes = {part.path: part.size for part in parts}
         try:
             manifest = validate_kept(name, sizes, opened, base=base, modules=modules, limits=self._limits)
-        except Corrupt as error:
-            raise HubUnavailable(f"a file of this push was damaged on the hub's disk: {error}") from error
-        if {(entry.path, entry.sha256) for entry in manifest.files} != {(part.path, part.sha256) for part in parts}:
-            problem = Problem("adapter_config.json", None, "was not sent in its canonical form")
-            raise Refused(name, [problem])
-        try:
+            if {(entry.path, entry.sha256) for entry in manifest.files} != {(part.path, part.sha256) for part in parts}:
+                problem = Problem("adapter_config.json", None, "was not sent in its canonical form")
+                raise Refused(name, [problem])
             pushed = self._commit(upload, manifest, name=name, moved=aliases, by=by)
+        except Refused:
+            self.uploads.end(upload)  # nothing else can come of it: the next collection frees what it brought
+            raise
+        except Corrupt as error:
+            self.uploads.discard_damaged(parts)
+            raise UploadGone(f"a file of this push was damaged on the hub's disk ({error}); run it again") from error
         except LeaseLost as error:
             raise UploadGone(f"upload {upload} has expired; run the same command again") from error
         self.uploads.end(upload)

@@ -3,31 +3,41 @@
 A list names modules by their end, a text is a regular expression over the whole name, "all-linear" is every Linear
 but the head; exclude_modules, layers_to_transform and layers_pattern narrow that. rank_pattern and alpha_pattern are
 regular expressions over the end of a name.
-A pattern comes from a stranger's file: one whose matching could take more than polynomial time is refused unread.
+A pattern comes from a stranger's file: one whose matching could take more than polynomial time is refused unread, and
+so is one that could take too long on the modules of this base, which a stranger may have described, too.
 Source: peft 0.21.2, tuners/tuners_utils.py `check_target_module_exists`, utils/other.py `get_pattern_key`.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from re import _constants as ops  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any, TypeVar
 
 from hub.base import Modules
+from hub.errors import SHOWN_PROBLEMS
 from hub.ref import printable
 
 ALL_LINEAR = "all-linear"
 MAX_PATTERN_CHARACTERS = 2000
 MAX_REPEATS = 5
 MAX_REPEATS_OF_MANY = 2
+# A step of a match takes some 40 ns, and a match holds up every other thread of the process.
+MAX_STEPS_A_NAME = 10_000_000
+MAX_STEPS = 10_000_000_000
+_STEPS_OF_A_COMPARISON = 40
+_MANY_LEAVES = 2000
 
 _REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", None))
 _REFUSED_OPS = (ops.GROUPREF, ops.GROUPREF_EXISTS, ops.ASSERT, ops.ASSERT_NOT)
 _ONE_CHARACTER = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
+_NAMED = ("target_modules", "exclude_modules", "feedforward_modules")
 _NUMBERED = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
 # Where PEFT puts a pattern: at the end of a name, and before the number of a layer.
 _AT_THE_END = r"(.*\.)?({})$"
@@ -62,10 +72,45 @@ def feedforward(config: Mapping[str, Any], module: str) -> bool:
     return any(module.endswith(name) for name in wanted)
 
 
+def matching_complaint(config: Mapping[str, Any], modules: Modules) -> str | None:
+    """Why finding the targets could take too long, or None. For a config without other complaints.
+
+    A match of k repeats on a name of n characters takes at most as many steps as there are ways to part n into k + 1.
+    """
+    names = [*modules.linears, *modules.others]
+    longest = max(map(len, names), default=0)
+    total = 0
+    for pattern, around in _patterns(config):
+        repeats = _repeats(parser.parse(pattern)) + around
+        steps = math.comb(longest + repeats, repeats)
+        if steps > MAX_STEPS_A_NAME:
+            return (
+                f"the pattern {printable(pattern)} could take {steps} steps on a module's name of {longest} characters,"
+                f" above the limit of {MAX_STEPS_A_NAME}; name the modules in a list"
+            )
+        total += len(names) * steps
+    listed = sum(len(config[key]) for key in _NAMED if isinstance(config.get(key), list))
+    total += len(names) * listed * _STEPS_OF_A_COMPARISON
+    if total > MAX_STEPS:
+        return (
+            f"finding {listed} names and the patterns among {len(names)} modules could take {total} steps, above the "
+            f"limit of {MAX_STEPS}"
+        )
+    return None
+
+
+def _patterns(config: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Every regular expression, and how many repeats PEFT puts around it."""
+    whole = [(config[key], 0) for key in _NAMED if isinstance(config.get(key), str)]
+    at_the_end = [(pattern, 1) for pattern in config.get("rank_pattern") or ()]
+    layers = config.get("layers_pattern") or []
+    return whole + at_the_end + [(pattern, 2) for pattern in ([layers] if isinstance(layers, str) else layers)]
+
+
 def pattern_value(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
     """The first pattern that fits the end of the module's name wins."""
     for pattern, value in patterns.items():
-        if re.match(_AT_THE_END.format(pattern), module):
+        if _at_the_end(pattern).match(module):
             return value
     return default
 
@@ -80,7 +125,10 @@ def target_complaints(config: Mapping[str, Any], modules: Modules) -> list[str]:
         hit = [name for name in modules.others if wanted.lower() != ALL_LINEAR and re.fullmatch(wanted, name)]
     else:
         missing = [name for name in wanted if not any(_ends_with_one_of(module, [name]) for module in known)]
-        complaints = [_missing(name, known) for name in missing]
+        leaves = sorted({module.rpartition(".")[2] for module in known}) if missing else []
+        complaints = [_missing(name, leaves) for name in missing[:SHOWN_PROBLEMS]]
+        if len(missing) > SHOWN_PROBLEMS:
+            complaints.append(f"{len(missing) - SHOWN_PROBLEMS} more target modules are not in the base")
         hit = [name for name in modules.others if targets({**config, "layers_to_transform": None}, name)]
     complaints += [f"{name} is no Linear layer; only Linear layers are served" for name in sorted(hit)]
     if not complaints and not target_modules(config, modules):
@@ -158,8 +206,12 @@ def _layer_is_meant(config: Mapping[str, Any], module: str) -> bool:
     return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def _missing(name: str, known: Iterable[str]) -> str:
-    leaves = sorted({module.rpartition(".")[2] for module in known})
-    near = difflib.get_close_matches(name.rpartition(".")[2], leaves, n=1)
+@lru_cache(maxsize=4096)  # more than one config has: the cache of `re` is smaller
+def _at_the_end(pattern: str) -> re.Pattern[str]:
+    return re.compile(_AT_THE_END.format(pattern))
+
+
+def _missing(name: str, leaves: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name.rpartition(".")[2], leaves[:_MANY_LEAVES], n=1)
     hint = f"; did you mean {near[0]}?" if near else f" (it has {', '.join(leaves[:12])})"
     return f"target module {printable(name)} is not in the base{hint}"

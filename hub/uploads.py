@@ -26,7 +26,7 @@ from sqlalchemy.engine import Engine
 
 from hub.blobs import BlobStore
 from hub.digest import check_sha256, sha256_of_stream
-from hub.errors import BadUpload, HubUnavailable, Problem, Refused, TooLarge, UploadBusy, UploadGone
+from hub.errors import BadUpload, Corrupt, HubUnavailable, NotFound, Problem, Refused, TooLarge, UploadBusy, UploadGone
 from hub.ref import check_name, printable
 from hub.schema import leases, reading, uploads, writing
 
@@ -100,7 +100,11 @@ class Uploads:
             connection.execute(leases.insert(), rows)
             connection.execute(uploads.insert().values(lease=upload, owner=owner, name=name, files=files))
         missing = self._missing(parts, owner)
-        self._check_room(sum(one.size - one.offset for one in missing))
+        try:
+            self._check_room(sum(one.size - one.offset for one in missing))
+        except HubUnavailable:
+            self.end(upload)
+            raise
         return Upload(upload, missing)
 
     def state(self, upload: str, *, owner: str) -> Upload:
@@ -138,11 +142,26 @@ class Uploads:
         try:
             _lock(descriptor, path, part)
             have = os.lseek(descriptor, 0, os.SEEK_END)
-            if have != offset:
-                raise UploadBusy(f"{sha256} goes on at byte {have}, not {offset}", offset=have)
-            yield Piece(descriptor, path, part, offset, self._blobs)
+            try:
+                if have != offset:
+                    raise UploadBusy(f"{sha256} goes on at byte {have}, not {offset}", offset=have)
+                yield Piece(descriptor, path, part, offset, self._blobs)
+            finally:  # still under the lock: what never got a byte leaves no trace
+                if os.fstat(descriptor).st_size == 0 and _is_at(descriptor, path):
+                    path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+    def discard_damaged(self, parts: Sequence[Part]) -> None:
+        """Throw away what is stored and does not hash to its name, so that the next push brings it again."""
+        for part in parts:
+            try:
+                for _ in self._blobs.stream(part.sha256):
+                    pass
+            except Corrupt:
+                self._blobs.delete(part.sha256)
+            except NotFound:
+                continue
 
     def end(self, upload: str) -> None:
         """Forget an upload that was committed or given up; its pieces stay until they are swept."""
@@ -159,7 +178,7 @@ class Uploads:
         for path in self._folder.glob("*/*.part"):
             try:
                 if path.stat().st_mtime < before:
-                    path.unlink(missing_ok=True)
+                    _discard(path)
             except FileNotFoundError:
                 continue  # finished meanwhile
 
@@ -191,7 +210,7 @@ class Uploads:
         except FileNotFoundError:
             return 0
         if size > part.size:  # the same bytes were announced with another size before
-            path.unlink(missing_ok=True)
+            _discard(path)
             return 0
         return size
 
@@ -288,11 +307,35 @@ class Piece:
         self._path.unlink(missing_ok=True)
 
 
+def _discard(path: Path) -> None:
+    """Remove a piece, unless it is being written: only who holds its lock may rename or remove it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(descriptor, path):
+            path.unlink(missing_ok=True)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one that stands at a path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _lock(descriptor: int, path: Path, part: Part) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
-    except (BlockingIOError, FileNotFoundError):
+        ours = _is_at(descriptor, path)
+    except BlockingIOError:
         ours = False
     if not ours:  # whoever held it may have finished it between our opening and our lock
         have = os.lseek(descriptor, 0, os.SEEK_END)

@@ -45,10 +45,12 @@ from hub.methods import (
 )
 from hub.ref import printable
 from hub.strict_json import BadJson, parse, readable
+from hub.targets import matching_complaint
 from hub.weights import Scan, golden_problems, scan_golden, scan_weights
 
 MAX_GOLDEN_BYTES = 512 << 20
 MAX_FILES = 64
+MAX_PROBLEMS = 1000
 
 # What an adapter may consist of, with the most bytes of each; the tensor files have limits of their own.
 TEXT_BYTES: Mapping[str, int] = {
@@ -161,9 +163,17 @@ def _validated(
     demand = _demand(config, method, described=described(config), findings=findings, limits=limits)
     scans = _scan_tensors(sizes, opened, demand=demand, findings=findings, limits=limits)
     if findings.problems:
-        raise Refused(what, findings.problems)
+        raise Refused(what, _told(findings.problems))
     assert method is not None and demand.base is not None and demand.layout is not None and isinstance(config, dict)
     return _manifest(method, config, base=demand.base, layout=demand.layout, scans=scans, findings=findings)
+
+
+def _told(problems: list[Problem]) -> list[Problem]:
+    """All of them, unless they are more than anybody reads."""
+    more = len(problems) - MAX_PROBLEMS
+    if more <= 0:
+        return problems
+    return [*problems[:MAX_PROBLEMS], Problem(problems[-1].file, None, f"has more problems; {more} are not told")]
 
 
 def file_limits(limits: Limits) -> Mapping[str, int]:
@@ -341,6 +351,10 @@ def _demand(
     for key, reason in config_complaints(method, config, limits):
         findings.add(CONFIG_FILE, key, reason)
     if base is None or found is None or not shapes_are_told(method, config):
+        return _Demand(base, found)
+    too_long = matching_complaint(config, found)
+    if too_long is not None:
+        findings.add(CONFIG_FILE, "target_modules", too_long)
         return _Demand(base, found)
     layout = method.layout(config, base, found)
     for key, reason in layout.complaints:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from hub.base import Base, Modules
 from hub.digest import CHUNK_BYTES
-from hub.errors import BadTensors, Problem
+from hub.errors import SHOWN_PROBLEMS, BadTensors, Problem
 from hub.manifest import GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE, WEIGHTS_FILE
 from hub.methods import TENSOR_PREFIX, Shapes
 from hub.ref import printable
@@ -172,7 +172,9 @@ def _with(scan: Scan, file: str, reasons: Iterable[tuple[str, str]]) -> Scan:
 
 def _misfits(entries: Mapping[str, TensorEntry], shapes: Shapes, modules: Modules | None) -> list[tuple[str, str]]:
     """Extra, missing and wrongly shaped tensors."""
-    reasons = [(name, _why_extra(name, shapes, modules)) for name in entries if name not in shapes]
+    extra = [name for name in entries if name not in shapes]
+    hints = {name: _hint(name, shapes) for name in extra[:SHOWN_PROBLEMS]}
+    reasons = [(name, _why_extra(name, shapes, modules, hint=hints.get(name, ""))) for name in extra]
     for name, shape in shapes.items():
         found = entries.get(name)
         if found is None:
@@ -184,12 +186,15 @@ def _misfits(entries: Mapping[str, TensorEntry], shapes: Shapes, modules: Module
     return reasons
 
 
-def _why_extra(name: str, shapes: Shapes, modules: Modules | None) -> str:
+def _hint(name: str, shapes: Shapes) -> str:
+    near = difflib.get_close_matches(name, list(shapes)[:2000], n=1, cutoff=0.9)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _why_extra(name: str, shapes: Shapes, modules: Modules | None, *, hint: str) -> str:
     for part, reason in _HINTS:
         if part in name:
             return reason
-    near = difflib.get_close_matches(name, list(shapes)[:2000], n=1, cutoff=0.9)
-    hint = f"; did you mean {near[0]}?" if near else ""
     if not name.startswith(TENSOR_PREFIX) and any(known.startswith(TENSOR_PREFIX) for known in shapes):
         return f"does not start with {TENSOR_PREFIX}{hint}"
     module = re.sub(r"\.(lora_[AB]\.(weight|bias)|ia3_l)\Z", "", name.removeprefix(TENSOR_PREFIX))

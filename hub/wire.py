@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from hub.base import Base, Linear, Modules
 from hub.contract import Event
-from hub.errors import HubError, HubUnavailable, Problem, Refused, UploadBusy
+from hub.errors import BadTensors, HubError, HubUnavailable, Problem, Refused, UploadBusy
+from hub.keys import MAX_LIFE_S
+from hub.ref import printable
 
 API = "/api/v1"
-MAX_MODULES = 200_000
+MAX_MODULES = 100_000  # the largest open models have some 70,000 Linear layers
+MAX_MODULE_NAME = 256
 MAX_LAYERS = 10_000
 MAX_SIZE = 2**31 - 1
 MAX_NUMBER = 2**53 - 1  # whole numbers that every reader of JSON keeps whole
@@ -27,8 +30,24 @@ Text = Annotated[str, Field(max_length=4096)]
 Version = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Bytes = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 _Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
-_Module = Annotated[str, Field(min_length=1, max_length=512)]
+_Module = Annotated[str, Field(min_length=1, max_length=MAX_MODULE_NAME)]
 _Linear = Annotated[list[_Size], Field(min_length=2, max_length=2)]
+
+
+def _few_complaints(value: Any) -> Any:
+    """Every wrong item of a body would become a record much larger than itself: the first one is enough."""
+    if isinstance(value, dict):
+        if len(value) > MAX_MODULES:
+            raise ValueError(f"{len(value)} modules are above the limit of {MAX_MODULES}")
+        wrong = next((name for name, sizes in value.items() if not _is_linear(name, sizes)), None)
+        if wrong is not None:
+            raise ValueError(f"{printable(wrong)} must be a name with its two sizes, [inputs, outputs]")
+    return value
+
+
+def _is_linear(name: str, sizes: Any) -> bool:
+    whole = isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int for size in sizes)
+    return whole and 1 <= min(sizes) <= max(sizes) <= MAX_SIZE and 1 <= len(name) <= MAX_MODULE_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +62,15 @@ class Body(BaseModel):
     """Nothing is coerced, nothing unknown is passed over."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        """As `_few_complaints`: of fields that nobody defines, the first."""
+        strange = next((key for key in value if key not in cls.model_fields), None) if isinstance(value, dict) else None
+        if strange is not None:
+            raise ValueError(f"{printable(strange)} is no field here; there are {', '.join(cls.model_fields)}")
+        return value
 
 
 class PartBody(Body):
@@ -80,8 +108,8 @@ class BaseBody(Body):
 class ModulesBody(Body):
     """The base's modules: (inputs, outputs) of each Linear, and the names of all others."""
 
-    linears: Annotated[dict[_Module, _Linear], Field(max_length=MAX_MODULES)]
-    others: Annotated[list[_Module], Field(max_length=MAX_MODULES)]
+    linears: Annotated[dict[_Module, _Linear], Field(max_length=MAX_MODULES), BeforeValidator(_few_complaints)]
+    others: Annotated[list[_Module], Field(max_length=MAX_MODULES), FailFast()]
 
     def record(self) -> Modules:
         linears = {name: Linear(inputs, outputs) for name, (inputs, outputs) in self.linears.items()}
@@ -115,7 +143,7 @@ class KeyBody(Body):
     name: Text
     scopes: Annotated[list[Text], Field(max_length=16)]
     names: Annotated[list[Text], Field(max_length=256)] = ["*"]
-    life_s: Annotated[float, Field(gt=0, le=1e10)] | None = None
+    life_s: Annotated[float, Field(gt=0, le=MAX_LIFE_S)] | None = None
 
 
 def commit_body(base: Base, modules: Modules, *, aliases: list[str], note: str) -> dict[str, Any]:
@@ -151,6 +179,8 @@ def hear(told: Any, *, otherwise: str) -> HubError:
     problems = error.get("problems")
     if kind is Refused and isinstance(problems, list):
         return Refused(str(error.get("what")), [_problem(one) for one in problems if isinstance(one, Mapping)])
+    if kind is BadTensors:
+        return BadTensors([(None, error["message"])])
     if kind is UploadBusy and isinstance(error.get("offset"), int):
         return UploadBusy(error["message"], offset=error["offset"])
     return kind(error["message"]) if kind in _PLAIN else HubUnavailable(error["message"])

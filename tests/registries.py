@@ -35,7 +35,12 @@ def threaded(hub: LocalHub, config: RegistryConfig | None = None) -> Iterator[st
     settings = uvicorn.Config(
         create_app(hub, chosen),
         port=0,
-        http=guarded(max_connections=chosen.max_connections, header_timeout_s=chosen.header_timeout_s),
+        http=guarded(
+            max_connections=chosen.max_connections,
+            header_timeout_s=chosen.header_timeout_s,
+            body_timeout_s=chosen.body_timeout_s,
+        ),
+        ws="none",
         log_level="warning",
         timeout_graceful_shutdown=1,
     )

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query
 from fastapi.exceptions import RequestValidationError
@@ -56,6 +56,7 @@ def create_app(hub: LocalHub, config: RegistryConfig) -> FastAPI:
         version=version("multigraft"),
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,
         lifespan=life,
     )
@@ -70,6 +71,7 @@ def create_app(hub: LocalHub, config: RegistryConfig) -> FastAPI:
     app.add_exception_handler(HTTPException, _refuse_http)
     app.add_middleware(Edge, access=Access(hub.keys, config), config=config, metrics=metrics)
     app.openapi = describe(app)  # type: ignore[method-assign]
+    _add_description(app)
     return app
 
 
@@ -118,6 +120,14 @@ def _add_stream(app: FastAPI, watchers: Watchers) -> None:
         )
 
 
+def _add_description(app: FastAPI) -> None:
+    """Not open, as the framework's own route is."""
+
+    @app.get("/openapi.json", include_in_schema=False)
+    def description(asking: Reader) -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+
 async def _collect(hub: LocalHub, every_s: float) -> None:
     while every_s:
         await asyncio.sleep(every_s)
@@ -137,8 +147,16 @@ async def _refuse_values(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"][1:]) or str(first["loc"][0])
-    shown = printable(json.dumps(first.get("input"), default=str)[:120])
-    return refuse(BadRequest(f"{printable(where)}: {first['msg']}, not {shown}"))
+    return refuse(BadRequest(f"{printable(where)}: {first['msg']}, not {_shown(first.get('input'))}"))
+
+
+def _shown(value: Any) -> str:
+    """A value of a request in a few words."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    if isinstance(value, bytes):
+        return "a body without content-type: application/json"
+    return printable(json.dumps(value[:120] if isinstance(value, str) else value, default=str)[:120])
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:

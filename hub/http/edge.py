@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hub.errors import BadRequest, HubError, InternalError, TooLarge
 from hub.http.access import OPEN, Access
+from hub.http.bodies import Bodies
 from hub.http.config import RegistryConfig
 from hub.http.metrics import RegistryMetrics
 from hub.http.refusal import refuse
+from hub.ref import printable
 
 log = logging.getLogger(__name__)
 
 PIECE_PREFIX = "/api/v1/uploads/"
+COMMIT_SUFFIX = "/commit"
+SMALL_BODY_BYTES = 256 << 10
+MAX_HEAD_BYTES = 32 << 10
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
@@ -32,6 +35,7 @@ class Edge:
         self._access = access
         self._config = config
         self._metrics = metrics
+        self._bodies = Bodies(timeout_s=config.body_timeout_s, count=metrics.received.inc)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # lifespan; there are no websocket routes
@@ -43,6 +47,7 @@ class Edge:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         began, status = time.perf_counter(), 0
+        distrust = _why_distrusted(scope, headers)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -54,13 +59,21 @@ class Edge:
             await send(message)
 
         try:
+            if distrust is not None:
+                raise BadRequest(distrust)
             if scope["path"] not in OPEN:
                 state["principal"] = await self._access.identify(headers.get("authorization"))
-            await self._app(scope, self._bounded(scope, headers, receive), answer)
+            limit = self._limit(scope)
+            _check_declared(headers, limit)
+            with self._bodies.arriving(receive, limit=limit) as bounded:
+                await self._app(scope, bounded, answer)
         except HubError as error:
             if status:
                 raise
-            await refuse(error)(scope, receive, answer)
+            refusal = refuse(error)
+            if distrust is not None:  # where the next request begins is anybody's guess
+                refusal.headers["connection"] = "close"
+            await refusal(scope, receive, answer)
         except Exception:
             # A bug of ours. Logged with its traceback; the client learns the request's id and nothing of our insides.
             log.exception("request %s failed", request_id)
@@ -72,36 +85,35 @@ class Edge:
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.request(route, scope["method"], status or 499, time.perf_counter() - began)
 
-    def _bounded(self, scope: Scope, headers: Headers, receive: Receive) -> Callable[[], Awaitable[Message]]:
-        """`receive` with a limit on bytes, except for pieces of uploads, and on the time between two arrivals."""
-        limit = (
-            None
-            if scope["path"].startswith(PIECE_PREFIX) and scope["method"] == "PATCH"
-            else self._config.max_body_bytes
-        )
-        if headers.get("content-encoding", "identity") != "identity":
-            raise BadRequest("a body must be sent as it is, without content-encoding")
-        declared = headers.get("content-length", "0")
-        if limit is not None and (not declared.isdecimal() or int(declared[:20]) > limit):
-            raise TooLarge(f"a body of {declared[:20]} bytes is above the limit of {limit}")
-        received, whole = 0, False
+    def _limit(self, scope: Scope) -> int | None:
+        """Only a commit, which describes a base, is more than a few fields; a piece has the size it was begun with."""
+        if scope["path"].startswith(PIECE_PREFIX) and scope["state"]["principal"].holds("push"):
+            if scope["method"] == "PATCH":
+                return None
+            if scope["path"].endswith(COMMIT_SUFFIX):
+                return self._config.max_body_bytes
+        return min(SMALL_BODY_BYTES, self._config.max_body_bytes)
 
-        async def bounded() -> Message:
-            nonlocal received, whole
-            if whole:  # what is asked for now is only whether the client is still there
-                return await receive()
-            try:
-                async with asyncio.timeout(self._config.body_timeout_s):
-                    message = await receive()
-            except TimeoutError as error:
-                seconds = self._config.body_timeout_s
-                raise BadRequest(f"nothing more of the body arrived within {seconds:g} s") from error
-            if message["type"] == "http.request":
-                received += len(message.get("body", b""))
-                self._metrics.received.inc(len(message.get("body", b"")))
-                whole = not message.get("more_body", False)
-                if limit is not None and received > limit:
-                    raise TooLarge(f"the body is above the limit of {limit} bytes")
-            return message
 
-        return bounded
+def _check_declared(headers: Headers, limit: int | None) -> None:
+    """What is known of a body before it arrives. Raises: BadRequest, TooLarge."""
+    if headers.get("content-encoding", "identity") != "identity":
+        raise BadRequest("a body must be sent as it is, without content-encoding")
+    declared = headers.get("content-length", "0")
+    if limit is not None and (not declared.isdecimal() or int(declared[:20]) > limit):
+        raise TooLarge(f"a body of {declared[:20]} bytes is above the limit of {limit}")
+
+
+def _why_distrusted(scope: Scope, headers: Headers) -> str | None:
+    """Why a request is not even looked at: its head is too large, or a proxy before us could see another body."""
+    lines = sum(len(name) + len(value) + 4 for name, value in headers.raw)
+    size = len(scope.get("raw_path") or b"") + len(scope["query_string"]) + lines
+    if size > MAX_HEAD_BYTES:
+        return f"a head of {size} bytes is above the limit of {MAX_HEAD_BYTES}"
+    if not scope["path"].isprintable():  # a newline at the end would be passed over by the routes' patterns
+        return f"the path {printable(scope['path'])} holds characters that no path has"
+    if scope["http_version"] not in ("1.0", "1.1"):
+        return f"HTTP/{scope['http_version']} is not spoken here, only HTTP/1.1"
+    if "transfer-encoding" in headers and ("content-length" in headers or scope["http_version"] != "1.1"):
+        return "a body has either a content-length or, in HTTP/1.1, a transfer-encoding; not both"
+    return None

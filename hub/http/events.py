@@ -67,12 +67,17 @@ class Watchers:
             raise LogLost(f"event {after} is beyond the last one of this hub, {head}")
 
     async def stream(self, after: int, asking: Principal) -> AsyncIterator[str]:
-        """Events after a number that this principal may see, and a comment now and then to show that we live."""
+        """Events after a number that this principal may see, and a comment now and then to show that we live.
+
+        It ends with the key: nothing is told that happened after a revocation.
+        """
         self.open += 1
         try:
             yield ": watching\n\n"
             while not self._closing:
                 found = await run_in_threadpool(self._hub.events, after, limit=BATCH)
+                if await run_in_threadpool(self._hub.keys.is_over, asking):
+                    return
                 for event in seen_events(asking, found):
                     yield f"id: {event.seq}\nevent: {event.kind}\ndata: {_EVENT.dump_json(event).decode()}\n\n"
                 if found:

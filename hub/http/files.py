@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from hub.errors import NotFound
+from hub.errors import BadRequest, NotFound
 from hub.manifest import Manifest
 from hub.ref import printable
 from hub.registry import LocalHub
+from hub.wire import tell
 
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{0,15})")
 
@@ -28,9 +29,11 @@ def file_response(
     if entry is None:
         raise NotFound(f"adapter {manifest.digest} has no file {printable(path)}")
     about = {"etag": f'"{entry.sha256}"', "accept-ranges": "bytes", **(headers or {})}
-    asked = _asked(request.headers.get("range"), entry.size)
+    asked_for = request.headers.get("range")
+    asked = _asked(asked_for, entry.size)
     if asked == "beyond":
-        return Response(status_code=416, headers={**about, "content-range": f"bytes */{entry.size}"})
+        beyond = BadRequest(f"{path} has {entry.size} bytes: the range {printable(str(asked_for))} is beyond them")
+        return JSONResponse(tell(beyond), 416, headers={**about, "content-range": f"bytes */{entry.size}"})
     start, stop = asked if isinstance(asked, tuple) else (0, entry.size)
     status = 206 if isinstance(asked, tuple) else 200
     if status == 206:

@@ -79,7 +79,7 @@ def _add_repository(routes: APIRouter, hub: LocalHub) -> None:
 
     @routes.get("/api/models/{space}/{slug}", response_class=Response)
     def info(asking: Reader, space: Space, slug: Slug) -> Response:
-        if slug == "refs" and not hub.adapters(f"{space}/{slug}"):
+        if slug == "refs" and not (asking.sees(f"{space}/{slug}") and hub.adapters(f"{space}/{slug}")):
             return _refs(hub, asking, space)
         return _info(hub, asking, f"{space}/{slug}", MAIN)
 
@@ -100,9 +100,8 @@ def _add_repository(routes: APIRouter, hub: LocalHub) -> None:
         wanted = _wanted(await request.body())
         return await run_in_threadpool(_tree, hub, asking, f"{space}/{slug}", revision, only=wanted)
 
-    @routes.api_route(
-        "/{space}/{slug}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"], response_class=Response
-    )
+    @routes.head("/{space}/{slug}/resolve/{revision}/{path:path}", response_class=Response)
+    @routes.get("/{space}/{slug}/resolve/{revision}/{path:path}", response_class=Response)
     def resolve(
         asking: Reader, space: Space, slug: Slug, revision: Revision, path: FilePath, request: Request
     ) -> Response:
@@ -128,7 +127,8 @@ def _add_plain(routes: APIRouter, hub: LocalHub) -> None:
     async def paths(asking: Reader, slug: Slug, revision: Revision, request: Request) -> Response:
         return await run_in_threadpool(_tree, hub, asking, slug, revision, only=_wanted(await request.body()))
 
-    @routes.api_route("/{slug}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"], response_class=Response)
+    @routes.head("/{slug}/resolve/{revision}/{path:path}", response_class=Response)
+    @routes.get("/{slug}/resolve/{revision}/{path:path}", response_class=Response)
     def resolve(asking: Reader, slug: Slug, revision: Revision, path: FilePath, request: Request) -> Response:
         return _file(hub, asking, slug, revision, path, request)
 

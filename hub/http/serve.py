@@ -19,12 +19,12 @@ from hub.errors import HubUnavailable
 from hub.http.app import create_app
 from hub.http.config import RegistryConfig
 from hub.http.doorkeeper import guarded
+from hub.http.edge import MAX_HEAD_BYTES
 from hub.registry import LocalHub
 
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 30
-MAX_HEAD_BYTES = 32 << 10
 
 
 def serve(hub: LocalHub, config: RegistryConfig) -> None:
@@ -45,7 +45,12 @@ async def _serve(app: FastAPI, config: RegistryConfig) -> None:
         app,
         host=config.host,
         port=config.port,
-        http=guarded(max_connections=config.max_connections, header_timeout_s=config.header_timeout_s),
+        http=guarded(
+            max_connections=config.max_connections,
+            header_timeout_s=config.header_timeout_s,
+            body_timeout_s=config.body_timeout_s,
+        ),
+        ws="none",
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         log_level="warning",
         access_log=False,

@@ -6,6 +6,7 @@ The only file beside `server.main` that knows the hub. What the hub raises leave
 from __future__ import annotations
 
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -38,6 +39,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 MAX_FIXED = 4096
 HUB_RETRY_S = 2.0
+NAMES_LIFE_S = 5.0
 SHAPE_FIELDS = (
     "model_type",
     "hidden_size",
@@ -116,6 +118,8 @@ class Source:
         self._default_alias = default_alias
         self._allow = tuple(allow)
         self._fixed: OrderedDict[str, Resolution] = OrderedDict()  # references that cannot move
+        self._names: list[str] = []
+        self._names_until = 0.0
 
     def pointer(self, text: str) -> tuple[str, str] | None:
         """(name, alias) when the reference goes through an alias, None when it names a version or a digest.
@@ -234,9 +238,14 @@ class Source:
         )
 
     def _hint(self, reference: Reference) -> str:
-        listed = _translate("the hub", self._hub.adapters)
-        names = [adapter.name for adapter in listed if self._allows(adapter.name)]
-        near = get_close_matches(reference.name, names, n=3)
+        """Names like the one that is not there. A list that is a few seconds old does: unknown names come in floods."""
+        now = time.monotonic()
+        if now > self._names_until:
+            with suppress(ServerError):
+                listed = _translate("the hub", self._hub.adapters)
+                self._names = [adapter.name for adapter in listed if self._allows(adapter.name)]
+            self._names_until = now + NAMES_LIFE_S
+        near = get_close_matches(reference.name, self._names, n=3)
         return f"; near names: {', '.join(near)}" if near else ""
 
 

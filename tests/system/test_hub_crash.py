@@ -7,7 +7,6 @@ that was confirmed must be there, the tables must be what the log says, and ever
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -25,15 +24,13 @@ from hub.contract import Event
 from hub.errors import AliasMoved, InUse, NotFound
 from hub.ref import Reference
 from hub.registry import LEASE_S, LocalHub
+from tests.forks import start
 from tests.unit.hub.makers import write_base, write_prompt
 
 CONTENTS = 4
 ROUNDS = 20
 PUSHES = 8
 JOIN_TIMEOUT_S = 60.0
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.system.test_hub_crash", "hub.validate"])
 
 
 class DyingBlobs:
@@ -52,7 +49,7 @@ class DyingBlobs:
         return self._inner.stream(sha256)
 
     def adopt(self, path: Path, sha256: str) -> None:
-        self._inner.adopt(path, sha256)
+        self._dying("adopt", lambda: self._inner.adopt(path, sha256))
 
     def size(self, sha256: str) -> int | None:
         return self._inner.size(sha256)
@@ -146,12 +143,6 @@ def collect_dying(home: Path, method: str, call: int, after: bool) -> None:
 
 def much_later() -> float:
     return time.time() + 2 * LEASE_S
-
-
-def start(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    process = processes.Process(target=target, args=arguments, daemon=True)
-    process.start()
-    return process
 
 
 def killed(process: BaseProcess) -> bool:
