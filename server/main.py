@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,9 +131,18 @@ def run(config: ServerConfig) -> None:
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its signal handlers: it would close the port before running streams are done."""
 
+    def __init__(self, settings: uvicorn.Config, announcement: str) -> None:
+        super().__init__(settings)
+        self._announcement = announcement
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Announced only when whoever reads it will not be refused."""
+        await super().startup(sockets)
+        print(self._announcement, flush=True)  # noqa: T201
 
 
 async def _serve(server: Server) -> None:
@@ -147,19 +157,18 @@ async def _serve(server: Server) -> None:
         timeout_keep_alive=30,
     )
     try:
-        socket = settings.bind_socket()
+        listener = settings.bind_socket()
     except SystemExit:
         raise StartupRefused(f"port {http.port} on {http.host} cannot be opened") from None
-    uvicorn_server = _Uvicorn(settings)
+    host, port = listener.getsockname()[:2]
+    uvicorn_server = _Uvicorn(settings, f"Multigraft serves {server.base_id} on http://{host}:{port}")
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signal_ in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signal_, _on_signal, uvicorn_server, stopping)
     watching = asyncio.create_task(server.adapters.watch())
     draining = asyncio.create_task(_drain(server, stopping, uvicorn_server))
-    host, port = socket.getsockname()[:2]
-    print(f"Multigraft serves {server.base_id} on http://{host}:{port}", flush=True)  # noqa: T201
-    await uvicorn_server.serve(sockets=[socket])
+    await uvicorn_server.serve(sockets=[listener])
     for task in (watching, draining):
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

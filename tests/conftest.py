@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import pytest
 
-LONGEST = ("test_demo.py", "test_network.py", "test_train.py", "test_hub_crash.py", "test_swap.py")
+LONGEST = (
+    "test_demo.py",
+    "test_swap.py",
+    "test_network.py",
+    "test_train.py",
+    "test_registry_hostile.py",
+    "test_registry_crash.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

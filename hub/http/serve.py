@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import Iterator
 
 import uvicorn
@@ -35,9 +36,18 @@ def serve(hub: LocalHub, config: RegistryConfig) -> None:
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its signal handlers: event streams would keep it from ever ending."""
 
+    def __init__(self, settings: uvicorn.Config, announcement: str) -> None:
+        super().__init__(settings)
+        self._announcement = announcement
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Announced only when whoever reads it will not be refused."""
+        await super().startup(sockets)
+        print(self._announcement, flush=True)  # noqa: T201
 
 
 async def _serve(app: FastAPI, config: RegistryConfig) -> None:
@@ -59,10 +69,11 @@ async def _serve(app: FastAPI, config: RegistryConfig) -> None:
         timeout_graceful_shutdown=int(config.drain_timeout_s),
     )
     try:
-        socket = settings.bind_socket()
+        listener = settings.bind_socket()
     except SystemExit:
         raise HubUnavailable(f"port {config.port} on {config.host} cannot be opened") from None
-    server = _Uvicorn(settings)
+    host, port = listener.getsockname()[:2]
+    server = _Uvicorn(settings, f"Multigraft registry on http://{host}:{port}")
     stopping: set[asyncio.Task[None]] = set()
 
     async def stop() -> None:
@@ -77,6 +88,4 @@ async def _serve(app: FastAPI, config: RegistryConfig) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    host, port = socket.getsockname()[:2]
-    print(f"Multigraft registry on http://{host}:{port}", flush=True)  # noqa: T201
-    await server.serve(sockets=[socket])
+    await server.serve(sockets=[listener])

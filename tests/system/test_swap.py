@@ -21,6 +21,8 @@ from tests.system.conftest import ADMIN, BASE, hub, serving
 
 RandomAdapter = Callable[[str, int], Path]
 KINDS = ["lora", "ia3", "prefix", "prompt"]
+# One for all threads, without the certificates that `httpx.post` loads at each call: two dozen streams share two cores.
+CLIENT = httpx.Client(verify=False, timeout=120)
 
 
 def ask(url: str, model: str, content: str = "red apple", tokens: int = 24) -> tuple[str, list[dict[str, Any]]]:
@@ -32,7 +34,7 @@ def ask(url: str, model: str, content: str = "red apple", tokens: int = 24) -> t
         "temperature": 0,
         "ignore_eos": True,
     }
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    answer = CLIENT.post(f"{url}/v1/chat/completions", json=body)
     answer.raise_for_status()
     return answer.json()["choices"][0]["message"]["content"], answer.json()["adapters"]
 
@@ -48,7 +50,7 @@ def stream(url: str, model: str, tokens: int) -> tuple[str, str]:
         "stream": True,
     }
     text, digest, ended = "", None, False
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as answer:
+    with CLIENT.stream("POST", f"{url}/v1/chat/completions", json=body) as answer:
         assert answer.status_code == 200
         for line in answer.iter_lines():
             if line == "data: [DONE]":
