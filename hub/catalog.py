@@ -244,8 +244,7 @@ class Catalogue:
 
     def _add_version(self, connection: Connection, name: str, *, digest: str, by: By) -> int:
         """Removed versions keep their row, so the largest number ever given is still there."""
-        last = connection.scalar(sa.select(sa.func.max(versions.c.version)).where(versions.c.name == name))
-        version = (last or 0) + 1
+        version = (self._last_version(connection, name) or 0) + 1
         row = {"name": name, "version": version, "digest": digest, "actor": by.actor, "note": by.note}
         connection.execute(versions.insert().values(**row, at=self._now()))
         self._log(connection, "pushed", name, version=version, digest=digest, by=by)
@@ -298,6 +297,8 @@ class Catalogue:
         fits = sa.select(versions).where(versions.c.name == name, versions.c.digest.startswith(digest), _LIVE)
         rows = connection.execute(fits.order_by(versions.c.version)).all()
         if not rows:
+            if self._last_version(connection, name) is None:
+                raise NotFound(f"there is no adapter {name}")
             raise NotFound(f"no version of {name} has a digest that starts with {digest}")
         if len(rows) > 1:
             fitting = ", ".join(str(row.version) for row in rows)
@@ -305,17 +306,20 @@ class Catalogue:
         return Resolved(name, rows[0].version, rows[0].digest, None)
 
     def _why_no_version(self, connection: Connection, name: str, version: int) -> str:
-        last = connection.scalar(sa.select(sa.func.max(versions.c.version)).where(versions.c.name == name))
+        last = self._last_version(connection, name)
         if last is None:
             return f"there is no adapter {name}"
         return f"there is no {name}@{version}; the last version is {last}"
 
     def _why_no_alias(self, connection: Connection, name: str, alias: str) -> str:
-        ever = connection.scalar(sa.select(sa.func.max(versions.c.version)).where(versions.c.name == name))
-        if ever is None:
+        if self._last_version(connection, name) is None:
             return f"there is no adapter {name}"
         known = connection.scalars(sa.select(aliases.c.alias).where(aliases.c.name == name)).all()
         return f"{name} has no alias {printable(alias)}; it has {', '.join(sorted(known)) or 'none left'}"
+
+    def _last_version(self, connection: Connection, name: str) -> int | None:
+        """The largest number that a name has ever given out."""
+        return connection.scalar(sa.select(sa.func.max(versions.c.version)).where(versions.c.name == name))
 
     def _events(self, connection: Connection, condition: Any, *, limit: int | None = None) -> list[Event]:
         rows = connection.execute(sa.select(events).where(condition).order_by(events.c.seq).limit(limit))

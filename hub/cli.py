@@ -405,8 +405,7 @@ def registry(
     anonymous: Annotated[
         list[str] | None, typer.Option(help="A scope for whoever shows no key: read, push ...; may be repeated.")
     ] = None,
-    max_body_bytes: Annotated[int, typer.Option(help="Bytes of a body that is no piece of an upload.", min=1)] = 16
-    << 20,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes of the request that ends a push.", min=1)] = 16 << 20,
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter.", min=1)] = 256,
     max_virtual: Annotated[int, typer.Option(help="Most virtual tokens of an adapter.", min=1)] = 1024,
     max_weights_bytes: Annotated[int, typer.Option(help="Bytes of an adapter's weights.", min=1)] = 8 << 30,

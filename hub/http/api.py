@@ -25,7 +25,7 @@ from hub.http.access import (
     seen_events,
     unbounded,
 )
-from hub.http.files import file_response
+from hub.http.files import RANGES, file_response
 from hub.http.strict import StrictRoute
 from hub.keys import Created, Key, Principal
 from hub.ref import parse_reference
@@ -92,7 +92,7 @@ def _add_reading(routes: APIRouter, hub: LocalHub) -> None:
         found = hub.manifest(seen_digest(asking, hub, digest))
         return Response(found.model_dump_json(), media_type="application/json")
 
-    @routes.get("/files/{digest}/{path}", response_class=Response)
+    @routes.get("/files/{digest}/{path}", response_class=Response, openapi_extra=RANGES)
     def file(asking: Reader, digest: Digest, path: Annotated[str, Path(max_length=128)], request: Request) -> Response:
         """One file of an adapter; `Range: bytes=N-` goes on from byte N."""
         return file_response(hub, hub.manifest(seen_digest(asking, hub, digest)), path, request)

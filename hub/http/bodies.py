@@ -14,7 +14,7 @@ from starlette.types import Message, Receive
 
 from hub.errors import BadRequest, HubUnavailable, TooLarge
 
-HELD_BYTES = 128 << 20
+HELD_BYTES = 64 << 20
 HELD_OF_A_PIECE = 1 << 20
 
 

@@ -14,7 +14,7 @@ class RegistryConfig:
     admin_key: str | None = field(default=None, repr=False)
     read_key: str | None = field(default=None, repr=False)
     anonymous: frozenset[str] = frozenset()
-    max_body_bytes: int = 16 << 20  # of everything but the pieces of an upload, which have the limits of their files
+    max_body_bytes: int = 16 << 20  # of a commit, which describes a base; other bodies are small, pieces have their own
     max_connections: int = 1024
     max_watchers: int = 512
     header_timeout_s: float = 10.0  # for a request's head to arrive whole

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -19,6 +20,18 @@ from hub.registry import LocalHub
 from hub.wire import tell
 
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{0,15})")
+# What a route that answers with a file says of itself beyond its own parameters.
+RANGES: dict[str, Any] = {
+    "parameters": [
+        {
+            "in": "header",
+            "name": "range",
+            "description": "one range of bytes; any other header is passed over",
+            "schema": {"type": "string", "pattern": f"^{_RANGE.pattern}$"},
+        }
+    ],
+    "responses": {"206": {"description": "the range that was asked for"}},
+}
 
 
 def file_response(

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from hub.contract import LATEST, Adapter, Resolved
 from hub.errors import BadReference, BadRequest, NotFound
 from hub.http.access import Reader
-from hub.http.files import file_response
+from hub.http.files import RANGES, file_response
 from hub.http.refusal import refuse
 from hub.http.strict import StrictRoute
 from hub.keys import Principal
@@ -100,8 +100,8 @@ def _add_repository(routes: APIRouter, hub: LocalHub) -> None:
         wanted = _wanted(await request.body())
         return await run_in_threadpool(_tree, hub, asking, f"{space}/{slug}", revision, only=wanted)
 
-    @routes.head("/{space}/{slug}/resolve/{revision}/{path:path}", response_class=Response)
-    @routes.get("/{space}/{slug}/resolve/{revision}/{path:path}", response_class=Response)
+    @routes.head("/{space}/{slug}/resolve/{revision}/{path:path}", response_class=Response, openapi_extra=RANGES)
+    @routes.get("/{space}/{slug}/resolve/{revision}/{path:path}", response_class=Response, openapi_extra=RANGES)
     def resolve(
         asking: Reader, space: Space, slug: Slug, revision: Revision, path: FilePath, request: Request
     ) -> Response:
@@ -127,8 +127,8 @@ def _add_plain(routes: APIRouter, hub: LocalHub) -> None:
     async def paths(asking: Reader, slug: Slug, revision: Revision, request: Request) -> Response:
         return await run_in_threadpool(_tree, hub, asking, slug, revision, only=_wanted(await request.body()))
 
-    @routes.head("/{slug}/resolve/{revision}/{path:path}", response_class=Response)
-    @routes.get("/{slug}/resolve/{revision}/{path:path}", response_class=Response)
+    @routes.head("/{slug}/resolve/{revision}/{path:path}", response_class=Response, openapi_extra=RANGES)
+    @routes.get("/{slug}/resolve/{revision}/{path:path}", response_class=Response, openapi_extra=RANGES)
     def resolve(asking: Reader, slug: Slug, revision: Revision, path: FilePath, request: Request) -> Response:
         return _file(hub, asking, slug, revision, path, request)
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from hub.errors import BadRequest
 from hub.strict_json import BadJson, parse
 
-MAX_VALUES = 1_000_000
+MAX_VALUES = 500_000  # the largest base that is taken has some 400,000
 
 
 class StrictRequest(Request):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import http.client
+import itertools
 import json
 import re
 import resource
@@ -26,7 +27,6 @@ import psutil
 import pytest
 
 from hub.digest import sha256_of
-from hub.http.bodies import HELD_BYTES
 from hub.http.pieces import BUFFER_BYTES
 from hub.manifest import CONFIG_FILE, METRICS_FILE, README_FILE, WEIGHTS_FILE
 from hub.registry import LocalHub
@@ -36,19 +36,20 @@ from tests.registries import ADMIN_KEY, Registry, running
 from tests.unit.hub.makers import raw_safetensors, write_base, write_lora
 
 WAIT_S = 60.0
-PAUSE_S = 0.02  # of the steady client between two rounds
+PAUSE_S = 0.1  # of the steady client between two rounds, unless somebody waits for one
 BODY_TIMEOUT_S = 1.0
 HEADER_TIMEOUT_S = 2.0
-PIPELINED = 300
+PIPELINED = 100
 CONNECTIONS = 10_000
 SPARE_FILES = 500  # that this process needs beside its connections
 FEWEST_CONNECTIONS = 2000  # more than the registry allows at once
 BOMB_BYTES = 16 << 20  # the largest body that a route takes
 HEADER_BYTES = 99_000_000
 LONGEST_MESSAGE = 4096
-# A body of 16 MB may become some ten times as much while it is read; nothing else may grow beyond a few of its buffers.
-GROWTH_BYTES = 256 << 20
-MANY_GROWTH_BYTES = 2 * HELD_BYTES + GROWTH_BYTES  # many bodies at once: what all may hold, as received and as read
+# What the process may need beyond what it had before any attack. A body of 16 MB may become ten times as much while it
+# is read, and not all of that is given back.
+GROWTH_BYTES = 512 << 20
+SENDERS = 64  # whose bodies together are twice that
 
 TEXT = b"a readme\n" * 100
 ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -64,14 +65,16 @@ class Steady(threading.Thread):
         super().__init__(daemon=True)
         self._url, self._digest, self._weights = url, digest, weights
         self._stopping = threading.Event()
+        self._hurried = threading.Event()
         self._moved = threading.Condition()
         self.served = 0
         self.failures: list[str] = []
 
     def run(self) -> None:
         path = f"/api/v1/files/{self._digest}/{WEIGHTS_FILE}"
-        with httpx.Client(base_url=self._url, headers=ADMIN, timeout=WAIT_S) as client:
-            while not self._stopping.wait(PAUSE_S):
+        with httpx.Client(base_url=self._url, headers=ADMIN, timeout=WAIT_S, verify=False) as client:
+            while not self._stopping.is_set():
+                self._hurried.wait(PAUSE_S)
                 try:
                     found = client.get("/api/v1/resolve", params={"ref": "team/legal@prod"})
                     if (found.status_code, found.json().get("digest")) != (200, self._digest):
@@ -86,9 +89,11 @@ class Steady(threading.Thread):
 
     def is_served_again(self) -> None:
         """Wait until a round that begins now has ended."""
+        self._hurried.set()
         with self._moved:
             wanted = self.served + 2
             assert self._moved.wait_for(lambda: self.served >= wanted, WAIT_S), "the steady client is not served"
+        self._hurried.clear()
 
     def stop(self) -> None:
         self._stopping.set()
@@ -103,7 +108,7 @@ class Target:
     steady: Steady
     folder: Path
     keys: dict[str, str] = field(default_factory=dict)
-    growth: int = GROWTH_BYTES  # what its memory may grow by in a test
+    had: int = 0  # memory, before any attack
 
     @property
     def home(self) -> Path:
@@ -115,7 +120,7 @@ class Target:
 
     def client(self, key: str = ADMIN_KEY) -> httpx.Client:
         headers = {"authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.registry.url, headers=headers, timeout=WAIT_S)
+        return httpx.Client(base_url=self.registry.url, headers=headers, timeout=WAIT_S, verify=False)
 
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         with self.client() as client:
@@ -160,10 +165,12 @@ class Target:
         line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) << 10
 
-    def forget_peak(self) -> int:
-        """Gives what it has now. Units: bytes."""
+    def forget_peak(self) -> None:
         assert self.registry.process is not None
         Path(f"/proc/{self.registry.process.pid}/clear_refs").write_text("5")
+
+    def memory(self) -> int:
+        assert self.registry.process is not None
         return int(psutil.Process(self.registry.process.pid).memory_info().rss)
 
 
@@ -192,21 +199,24 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     with running(hub.home, *options) as registry:
         steady = Steady(registry.url, digest, (folder / WEIGHTS_FILE).read_bytes())
         steady.start()
-        yield Target(registry, steady, folder, keys)
+        target = Target(registry, steady, folder, keys)
+        steady.is_served_again()
+        target.had = target.memory()
+        yield target
         steady.stop()
 
 
 @pytest.fixture(autouse=True)
 def unharmed(target: Target) -> Iterator[None]:
     """What holds after every test of this file."""
-    target.growth = GROWTH_BYTES
     before, logged = target.stored(), len(target.log())
     target.steady.is_served_again()
-    had = target.forget_peak()
+    target.forget_peak()
     yield
     target.steady.is_served_again()
     assert target.steady.failures == []
-    assert target.peak() - had < target.growth, f"grew by {(target.peak() - had) >> 20} MB"
+    grown = target.peak() - target.had
+    assert grown < GROWTH_BYTES, f"grown by {grown >> 20} MB"
     target.ask("POST", "/api/v1/collect").raise_for_status()
     assert target.stored() == before
     assert "Traceback" not in target.log()[logged:]
@@ -245,10 +255,9 @@ PATHS = [
 
 
 def quoted(value: str) -> list[str]:
-    """A value in a path: percent-encoded, twice so, and as it stands where HTTP allows that."""
+    """A value in a path: percent-encoded; what climbs or stands for itself also twice so, and as it is."""
     once = quote(value, safe="", errors="surrogatepass")
-    plain = [value] if value.isascii() and value.isprintable() and " " not in value and "?" not in value else []
-    return [once, quote(once, safe=""), *plain]
+    return [once, quote(once, safe=""), value] if value.startswith(("..", "/", "./")) else [once]
 
 
 ROUTES = [
@@ -280,12 +289,11 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "route"), ROUTES, ids=[f"{method} {route}" for method, route in ROUTES])
-def test_what_is_no_name_in_a_path_is_refused(target: Target, method: str, route: str) -> None:
+def test_what_is_no_name_in_a_path_is_refused(target: Target) -> None:
     digest = target.ask("GET", "/api/v1/resolve?ref=team/legal").json()["digest"]
     connection = http.client.HTTPConnection(*target.address, timeout=WAIT_S)  # which sends a path as it stands
-    for value in PATHS:
-        for form in quoted(value):
+    for method, route in ROUTES:
+        for form in itertools.chain.from_iterable(map(quoted, PATHS)):
             path = route.replace("{}", form).replace("DIGEST", digest)
             headers = {**ADMIN, **JSON, "upload-offset": "0"}
             connection.request(method, path, b"{}" if method == "POST" else None, headers)
@@ -326,11 +334,10 @@ BODIES: list[tuple[str, Any, Sequence[str | int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "where"), BODIES, ids=[f"{path} {where}" for path, _, where in BODIES])
-def test_what_is_no_name_in_a_body_is_refused(target: Target, path: str, body: Any, where: Sequence[str | int]) -> None:
+def test_what_is_no_name_in_a_body_is_refused(target: Target) -> None:
     strange = [[], {}, True, -1, 2**63, 10**400, ["../x"], {"../x": 1}]
     with target.client() as client:
-        for value in [*PATHS, *strange]:
+        for (path, body, where), value in itertools.product(BODIES, [*PATHS, *strange]):
             changed = json.loads(json.dumps(body))
             place = changed
             for step in where[:-1]:
@@ -340,23 +347,25 @@ def test_what_is_no_name_in_a_body_is_refused(target: Target, path: str, body: A
             refusal(client.post(path, content=content, headers=JSON))
 
 
-@pytest.mark.parametrize("name", ["upload-offset", "last-event-id", "range", "x-request-id", "host", "cookie",
-                                  "x-forwarded-for", "content-type", "accept", "if-none-match"])  # fmt: skip
-def test_no_header_is_taken_for_a_path(target: Target, name: str) -> None:
+def test_no_header_is_taken_for_a_path(target: Target) -> None:
     connection = http.client.HTTPConnection(*target.address, timeout=WAIT_S)
-    for value in ("../../etc/passwd", "/etc/passwd", "..%2f..%2f", "\u00e9", "x" * 5000, "{{7*7}}"):
-        headers = {**ADMIN, name: value}
-        if name == "upload-offset":
-            connection.request("PATCH", f"{UPLOAD}/{'0' * 64}", b"", headers)
-        else:
-            connection.request("GET", "/api/v1/events" if name == "last-event-id" else "/api/v1/head", None, headers)
-        answer = connection.getresponse()
-        body = answer.read()
-        if name in ("upload-offset", "last-event-id"):
-            refused(answer.status, body)
-        else:
-            assert (answer.status, body) == (200, b"6")
-        assert value not in answer.headers.values()
+    for name, method, path in (
+        ("upload-offset", "PATCH", f"{UPLOAD}/{'0' * 64}"),
+        ("last-event-id", "GET", "/api/v1/events"),
+        *(
+            (name, "GET", "/api/v1/head")
+            for name in ("range", "x-request-id", "host", "cookie", "x-forwarded-for", "content-type", "if-none-match")
+        ),
+    ):
+        for value in ("../../etc/passwd", "/etc/passwd", "..%2f..%2f", "\u00e9", "x" * 5000, "{{7*7}}"):
+            connection.request(method, path, b"" if method == "PATCH" else None, {**ADMIN, name: value})
+            answer = connection.getresponse()
+            body = answer.read()
+            if path == "/api/v1/head":
+                assert (answer.status, body) == (200, b"6")
+            else:
+                refused(answer.status, body, (name, value))
+            assert value not in answer.headers.values()
     connection.close()
 
 
@@ -598,28 +607,32 @@ BOMBS: dict[str, Callable[[int], bytes]] = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_json_bomb_is_refused(target: Target, bomb: str) -> None:
     with target.client() as client:
-        for path, size in (
-            ("/api/v1/keys", 200_000),
-            ("/api/v1/uploads", BOMB_BYTES),
-            (f"{UPLOAD}/commit", BOMB_BYTES),
-            (f"{UPLOAD}/commit", BOMB_BYTES + 100_000),
-        ):
+        for path, size in (("/api/v1/keys", 200_000), (f"{UPLOAD}/commit", BOMB_BYTES)):
             refusal(client.post(path, content=BOMBS[bomb](size), headers=JSON))
+
+
+def test_a_body_of_too_many_bytes_is_refused(target: Target) -> None:
+    with target.client() as client:
+        for path, size in (("/api/v1/uploads", BOMB_BYTES), (f"{UPLOAD}/commit", BOMB_BYTES + 1)):
+            for content in (b" " * size, iter([b" " * (size // 2), b" " * size])):
+                answer = client.post(path, content=content, headers=JSON)
+                assert answer.status_code == 413
+                refusal(answer)
 
 
 def test_many_large_bodies_at_once_are_held_to_a_budget(target: Target) -> None:
     """Each stops just before its end and is dripped on; those that are too much are told to come again."""
-    target.growth = MANY_GROWTH_BYTES
     body = b" " * (BOMB_BYTES - 1000)
     head = f"POST {UPLOAD}/commit HTTP/1.1\r\nhost: x\r\ncontent-length: {BOMB_BYTES}\r\n"
     answers: list[bytes] = []
 
     def send() -> None:
         with target.connect() as connection, contextlib.suppress(ConnectionError):
-            connection.sendall(head.encode() + KEY + b"\r\n" + body)
+            connection.sendall(head.encode() + KEY + b"\r\n")
+            connection.sendall(body)
             answers.append(until(connection, b"}}"))
 
-    senders = [threading.Thread(target=send, daemon=True) for _ in range(24)]
+    senders = [threading.Thread(target=send, daemon=True) for _ in range(SENDERS)]
     for sender in senders:
         sender.start()
     for sender in senders:
@@ -637,13 +650,15 @@ def test_a_large_body_is_only_read_from_those_who_may_push(target: Target) -> No
             refusal(answer)
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate", "br", "zstd", "gzip, gzip"])
-def test_a_packed_body_is_never_unpacked(target: Target, encoding: str) -> None:
+def test_a_packed_body_is_never_unpacked(target: Target) -> None:
     packed = gzip.compress(b"\0" * (1 << 26), compresslevel=6)
-    for path, method in (("/api/v1/keys", "POST"), (f"{UPLOAD}/commit", "POST"), (f"{UPLOAD}/{'0' * 64}", "PATCH")):
-        headers = {**JSON, "content-encoding": encoding, "upload-offset": "0"}
-        assert "content-encoding" in refusal(target.ask(method, path, content=packed, headers=headers))
-        refusal(target.ask(method, path, content=packed, headers={**JSON, "upload-offset": "0"}))
+    with target.client() as client:
+        for path, method in (("/api/v1/keys", "POST"), (f"{UPLOAD}/commit", "POST"), (f"{UPLOAD}/{'0' * 64}", "PATCH")):
+            plain = {**JSON, "upload-offset": "0"}
+            refusal(client.request(method, path, content=packed, headers=plain))
+            for encoding in ("gzip", "x-gzip", "deflate", "br", "zstd", "gzip, gzip"):
+                headers = {**plain, "content-encoding": encoding}
+                assert "content-encoding" in refusal(client.request(method, path, content=packed, headers=headers))
 
 
 def test_floods_of_headers_are_refused(target: Target) -> None:
@@ -676,69 +691,69 @@ SMUGGLED = (
 POST = b"POST /api/v1/aliases/team/legal HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + KEY
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"content-length: %d\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" % (5 + len(SMUGGLED)) + SMUGGLED,
-        POST + b"content-length: 0\r\ncontent-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
-        POST + b"content-length: 0, %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
-        POST + b"content-length: +0\r\n\r\n" + SMUGGLED,
-        POST + b"content-length: -1\r\n\r\n" + SMUGGLED,
-        POST + b"content-length: 0x0\r\n\r\n" + SMUGGLED,
-        POST + b"content-length: 1e0\r\n\r\n{" + SMUGGLED,
-        POST + b"content-length : 0\r\n\r\n" + SMUGGLED,
-        POST + b"content-length: " + b"9" * 40 + b"\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: identity\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: chunked\r\ntransfer-encoding: identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding:\x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"x: y\rtransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST.replace(b"1.1", b"1.0") + b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: chunked\r\n\r\n5;\n\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: chunked\r\n\r\n5\r\nhelloXX0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: chunked\r\n\r\n-1\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: chunked\r\n\r\n0x0\r\n\r\n" + SMUGGLED,
-        POST + b"transfer-encoding: chunked\r\n\r\n" + b"f" * 30 + b"\r\n" + SMUGGLED,
-        b"GET /api/v1/head HTTP/1.1\r\nhost: x\r\n" + KEY + b" transfer-encoding: chunked\r\n\x00\r\n\r\n" + SMUGGLED,
-        b"GET /api/v1/head HTTP/1.1\r\n" + KEY + b"\r\n" + SMUGGLED,
-        b"GET /api/v1/head HTTP/1.1\r\nhost: x\r\nhost: y\r\n" + KEY + b"\r\n" + SMUGGLED,
-        b"GET /api/v1/head HTTP/2.0\r\nhost: x\r\n" + KEY + b"\r\n" + SMUGGLED,
-        b"GET /api/v1/head\r\n\r\n" + SMUGGLED,
-    ],
-)
+CUT_IN_TWO_WAYS = [
+    POST + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"content-length: %d\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" % (5 + len(SMUGGLED)) + SMUGGLED,
+    POST + b"content-length: 0\r\ncontent-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
+    POST + b"content-length: 0, %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
+    POST + b"content-length: +0\r\n\r\n" + SMUGGLED,
+    POST + b"content-length: -1\r\n\r\n" + SMUGGLED,
+    POST + b"content-length: 0x0\r\n\r\n" + SMUGGLED,
+    POST + b"content-length: 1e0\r\n\r\n{" + SMUGGLED,
+    POST + b"content-length : 0\r\n\r\n" + SMUGGLED,
+    POST + b"content-length: " + b"9" * 40 + b"\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: identity\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: chunked\r\ntransfer-encoding: identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding : chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding:\x0bchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"x: y\rtransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST.replace(b"1.1", b"1.0") + b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: chunked\r\n\r\n5;\n\r\nhello\r\n0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: chunked\r\n\r\n5\r\nhelloXX0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: chunked\r\n\r\n-1\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: chunked\r\n\r\n0x0\r\n\r\n" + SMUGGLED,
+    POST + b"transfer-encoding: chunked\r\n\r\n" + b"f" * 30 + b"\r\n" + SMUGGLED,
+    b"GET /api/v1/head HTTP/1.1\r\nhost: x\r\n" + KEY + b" transfer-encoding: chunked\r\n\x00\r\n\r\n" + SMUGGLED,
+    b"GET /api/v1/head HTTP/1.1\r\n" + KEY + b"\r\n" + SMUGGLED,
+    b"GET /api/v1/head HTTP/1.1\r\nhost: x\r\nhost: y\r\n" + KEY + b"\r\n" + SMUGGLED,
+    b"GET /api/v1/head HTTP/2.0\r\nhost: x\r\n" + KEY + b"\r\n" + SMUGGLED,
+    b"GET /api/v1/head\r\n\r\n" + SMUGGLED,
+]
+
+
 def test_a_request_that_two_servers_could_cut_in_two_ways_is_refused_and_nothing_after_it_is_heard(
-    target: Target, said: bytes
+    target: Target,
 ) -> None:
     """The request that would be smuggled makes a key; the fixture sees that there is no new one."""
-    first_refusal(target.say(said))
+    for said in CUT_IN_TWO_WAYS:
+        first_refusal(target.say(said))
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"content-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
-        b"content-length: %d, %d\r\n\r\n" % (len(SMUGGLED), len(SMUGGLED)) + SMUGGLED,
-        b"transfer-encoding: chunked\r\n\r\n%x\r\n" % len(SMUGGLED) + SMUGGLED + b"\r\n0\r\n\r\n",
-        b"Transfer-Encoding: CHUNKED\r\n\r\n%x;x=y\r\n" % len(SMUGGLED) + SMUGGLED + b"\r\n0\r\nx: y\r\n\r\n",
-        b"upgrade: h2c\r\nconnection: upgrade\r\ncontent-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
-        b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
-    ],
-)
-def test_a_request_in_a_body_is_a_body(target: Target, body: bytes) -> None:
-    answer = target.say_and_ask(POST + body)
-    first_refusal(answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n"))
+IN_A_BODY = [
+    b"content-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
+    b"content-length: %d, %d\r\n\r\n" % (len(SMUGGLED), len(SMUGGLED)) + SMUGGLED,
+    b"transfer-encoding: chunked\r\n\r\n%x\r\n" % len(SMUGGLED) + SMUGGLED + b"\r\n0\r\n\r\n",
+    b"Transfer-Encoding: CHUNKED\r\n\r\n%x;x=y\r\n" % len(SMUGGLED) + SMUGGLED + b"\r\n0\r\nx: y\r\n\r\n",
+    b"upgrade: h2c\r\nconnection: upgrade\r\ncontent-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
+    b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
+]
 
 
-@pytest.mark.parametrize("method", ["CONNECT", "TRACE", "PUT", "OPTIONS", "PROPFIND", "get", "X" * 1000])
-@pytest.mark.parametrize("path", ["/api/v1/keys", "*", "http://evil.example/api/v1/keys", "evil.example:80"])
-def test_a_method_that_nobody_serves_is_refused(target: Target, method: str, path: str) -> None:
-    said = f"{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n".encode()
-    first_refusal(target.say(said + KEY + b"\r\n"))
+def test_a_request_in_a_body_is_a_body(target: Target) -> None:
+    for body in IN_A_BODY:
+        answer = target.say_and_ask(POST + body)
+        first_refusal(answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n"))
+
+
+def test_a_method_that_nobody_serves_is_refused(target: Target) -> None:
+    for method in ("CONNECT", "TRACE", "PUT", "OPTIONS", "PROPFIND", "get", "X" * 1000):
+        for path in ("/api/v1/keys", "*", "http://evil.example/api/v1/keys", "evil.example:80"):
+            said = f"{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n".encode()
+            first_refusal(target.say(said + KEY + b"\r\n"))
 
 
 def test_a_websocket_is_not_opened(target: Target) -> None:
@@ -750,15 +765,19 @@ def test_a_websocket_is_not_opened(target: Target) -> None:
     assert "this hub asks for a key" in first_refusal(target.say_and_ask(head.encode()))
 
 
-@pytest.mark.parametrize(
-    "said",
-    [b"", b"\r\n" * 1000, b"\0" * 1000, b"\x16\x03\x01\x02\x00\x01", b"SSH-2.0-x\r\n", b"EHLO x\r\n", b"\xff" * 100_000,
-     b"GET", b"GET / HTTP/1.1\r\nhost: x", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"*1\r\n$4\r\nPING\r\n"],
-)  # fmt: skip
-def test_what_is_no_http_ends_its_connection(target: Target, said: bytes) -> None:
-    answer = target.say(said)
-    if answer:
-        first_refusal(answer)
+def test_what_is_no_http_ends_its_connection(target: Target) -> None:
+    strange = [
+        b"", b"GET", b"GET / HTTP/1.1\r\nhost: x", b"\r\n" * 1000, b"\0" * 1000, b"\xff" * 100_000,
+        b"\x16\x03\x01\x02\x00\x01", b"SSH-2.0-x\r\n", b"EHLO x\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"*1\r\n$4\r\nPING\r\n",
+    ]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(target.connect()) for _ in strange]
+        for connection, said in zip(connections, strange, strict=True):
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(said)
+        for answer in map(heard, connections):
+            assert not answer or first_refusal(answer)
 
 
 def test_thousands_of_connections_that_say_nothing_keep_nobody_out(
@@ -791,7 +810,7 @@ def test_thousands_of_connections_that_say_nothing_keep_nobody_out(
 
 def test_thousands_of_wrong_keys_are_all_refused(target: Target) -> None:
     with target.client("x") as client:
-        for number in range(1000):
+        for number in range(200):
             key = f"mgk_{number:012x}_" + "A" * 43 if number % 2 else f"guess-{number}"
             answer = client.get("/api/v1/whoami", headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == 401

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hub.errors import BadReference, NotFound
@@ -165,8 +165,20 @@ def test_a_name_is_seen_when_any_pattern_fits() -> None:
     ]
 
 
-@given(names, patterns)
-def test_a_pattern_fits_what_fnmatch_says_it_does(name: str, pattern: str) -> None:
+@st.composite
+def names_and_patterns(draw: st.DrawFn) -> tuple[str, str]:
+    """Any name with any pattern, or with one made of its own beginning and end, which may overlap."""
+    name = draw(names)
+    if draw(st.booleans()):
+        return name, draw(patterns)
+    cut = st.integers(0, len(name))
+    return name, name[: draw(cut)] + draw(st.sampled_from(["*", "**", "*a*"])) + name[draw(cut) :]
+
+
+@given(names_and_patterns())
+@example(("aba", "ab*ba"))
+def test_a_pattern_fits_what_fnmatch_says_it_does(both: tuple[str, str]) -> None:
+    name, pattern = both
     assert fits(name, pattern) == fnmatchcase(name, pattern)
 
 

@@ -147,9 +147,9 @@ def wrong(body: type[Body], value: Any) -> int:
 
 def test_however_much_is_wrong_in_a_body_the_complaints_are_few() -> None:
     many = range(MAX_MODULES + 1)
-    assert wrong(ModulesBody, {**MODULES, "linears": {f"a.{number}": 1 for number in many}}) == 1
+    assert wrong(ModulesBody, {**MODULES, "linears": {f"a.{number}": 1 for number in many[1:]}}) == 1
     assert wrong(ModulesBody, {**MODULES, "linears": {f"a.{number}": [1, 1] for number in many}}) == 1
-    assert wrong(ModulesBody, {**MODULES, "others": [1 for _ in many]}) == 1
+    assert wrong(ModulesBody, {**MODULES, "others": [1 for _ in many[1:]]}) == 1
     assert wrong(ModulesBody, {**MODULES, "others": ["a" for _ in many]}) == 1
     assert wrong(CommitBody, {str(number): 1 for number in many}) == 1
 

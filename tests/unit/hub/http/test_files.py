@@ -131,8 +131,8 @@ def test_the_hugging_face_route_gives_the_same_bytes_and_the_length_without_them
 )  # fmt: skip
 def test_a_file_that_the_manifest_does_not_name_is_not_there(kept: Kept, path: str) -> None:
     answer = kept.ask(path)
-    assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == "not_found"
+    wanted = (400, "bad_request") if "%00" in path else (404, "not_found")
+    assert (answer.status_code, answer.json()["error"]["code"]) == wanted
 
 
 def received(kept: Kept, path: str, **headers: str) -> tuple[int, bytes, bool]:
