@@ -92,6 +92,7 @@ class Modules:
 
     linears: Mapping[str, Linear]
     others: frozenset[str]
+    biased: frozenset[str] | None = None  # those with a bias; None where the description does not tell
 
 
 def embedded_bases() -> tuple[str, ...]:
@@ -183,7 +184,10 @@ def modules(folder: Path) -> Modules:
     model_type = str(config.get("model_type"))
     linears: dict[str, Linear] = {}
     others: set[str] = set()
+    biased: set[str] = set()
     for entry in _entries(folder):
+        if entry.name.endswith(".bias") and len(entry.shape) == 1:  # GPT-2 calls its mask a bias, too
+            biased.add(_module_name(entry.name.removesuffix(".bias"), model_type))
         if not entry.name.endswith(".weight"):
             continue
         name = _module_name(entry.name.removesuffix(".weight"), model_type)
@@ -193,10 +197,15 @@ def modules(folder: Path) -> Modules:
             continue
         if entry.dtype in _QUANTISED_DTYPES:
             raise BaseUnusable(f"{_shown(folder)}: {name} is stored quantised ({entry.dtype}); name the full base")
-        linears[name] = _linear(entry.shape, conv1d=leaf in _CONV1D_LAYERS.get(model_type, ()))
+        linears[name] = _linear(entry.shape, conv1d=leaf in conv1d_layers(model_type))
     if "lm_head" not in linears:  # tied to the embedding, so not stored again
         linears["lm_head"] = Linear(_size(config, "hidden_size", folder), _size(config, "vocab_size", folder))
-    return Modules(linears, frozenset(others))
+    return Modules(linears, frozenset(others), frozenset(biased))
+
+
+def conv1d_layers(model_type: str) -> frozenset[str]:
+    """The last parts of the names of Linear layers that a network of this type stores as Conv1D."""
+    return _CONV1D_LAYERS.get(model_type, frozenset())
 
 
 def _module_name(stored: str, model_type: str) -> str:

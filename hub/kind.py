@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Kind = Literal["lora", "ia3", "prefix", "prompt", "p-tuning"]
+Kind = Literal[
+    "lora", "adalora", "vera", "loha", "hra", "miss", "delora", "ia3", "beft", "prefix", "prompt", "p-tuning"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)

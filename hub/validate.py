@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from hub.base import Base, Modules, check_against_weights, describe_base, find_local_base, modules, name_of
 from hub.digest import DIGEST, sha256_of
 from hub.errors import BaseNotFound, BaseUnusable, NotFound, Problem, Refused
+from hub.families.method import Layout, Method
 from hub.manifest import (
     CONFIG_FILE,
     GOLDEN_ROWS_FILE,
@@ -34,9 +35,7 @@ from hub.manifest import (
     identity,
 )
 from hub.methods import (
-    Layout,
     Limits,
-    Method,
     canonical_config,
     config_complaints,
     method_of,
@@ -365,7 +364,6 @@ def _demand(
 def _scan_tensors(
     sizes: Mapping[str, int], opened: Opener, *, demand: _Demand, findings: _Findings, limits: Limits
 ) -> dict[str, Scan]:
-    shapes = None if demand.layout is None else demand.layout.shapes
     scans: dict[str, Scan] = {}
     for name, limit in ((WEIGHTS_FILE, limits.max_weights_bytes), (GOLDEN_TENSORS_FILE, MAX_GOLDEN_BYTES)):
         if name not in sizes:
@@ -377,7 +375,7 @@ def _scan_tensors(
                     findings.add(name, None, f"has {size} bytes, above the limit of {limit}")
                     continue
                 if name == WEIGHTS_FILE:
-                    scans[name] = scan_weights(source, size, shapes=shapes, modules=demand.modules)
+                    scans[name] = scan_weights(source, size, layout=demand.layout, modules=demand.modules)
                 else:
                     scans[name] = scan_golden(
                         source, size, rows=findings.values.get(GOLDEN_ROWS_FILE), base=demand.base

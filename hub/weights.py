@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 from hub.base import Base, Modules
 from hub.digest import CHUNK_BYTES
 from hub.errors import SHOWN_PROBLEMS, BadTensors, Problem
+from hub.families.method import TENSOR_PREFIX, Layout
 from hub.manifest import GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE, WEIGHTS_FILE
-from hub.methods import TENSOR_PREFIX, Shapes
 from hub.ref import printable
 from hub.tensors import BYTES_OF, TensorEntry, read_header
 
@@ -27,7 +27,8 @@ MAX_GOLDEN_TOKENS = 4096
 
 _HINTS = (
     (".lora_embedding_", "LoRA on an embedding is not served; only Linear layers are"),
-    (".lora_magnitude_vector", "DoRA is not served"),
+    (".lora_magnitude_vector", "a magnitude of DoRA, but use_dora is not true"),
+    (".base_layer.bias", "a bias of the base's own that the config has not trained (its key bias says which)"),
     (".base_layer.", "a copy of the base's own weight; save with save_embedding_layers=False"),
     (".modules_to_save.", "a replacement of a module of the base is not served"),
     (".original_module.", "a replacement of a module of the base is not served"),
@@ -51,8 +52,8 @@ class Scan:
     problems: tuple[Problem, ...]
 
 
-def scan_weights(source: BinaryIO, size: int, *, shapes: Shapes | None, modules: Modules | None) -> Scan:
-    """Check adapter_model.safetensors; `shapes` None when they could not be told, then names are checked in pairs."""
+def scan_weights(source: BinaryIO, size: int, *, layout: Layout | None, modules: Modules | None) -> Scan:
+    """Check adapter_model.safetensors; `layout` None when it could not be told, then names are checked in pairs."""
     non_finite: dict[str, int] = {}
 
     def consume(entry: TensorEntry, chunk: bytes) -> None:
@@ -71,7 +72,7 @@ def scan_weights(source: BinaryIO, size: int, *, shapes: Shapes | None, modules:
         if count
     ]
     if not scan.problems:
-        reasons += _unpaired(scan.entries) if shapes is None else _misfits(scan.entries, shapes, modules)
+        reasons += _unpaired(scan.entries) if layout is None else _misfits(scan.entries, layout, modules)
     return _with(scan, WEIGHTS_FILE, reasons)
 
 
@@ -170,15 +171,18 @@ def _with(scan: Scan, file: str, reasons: Iterable[tuple[str, str]]) -> Scan:
     return Scan(scan.sha256, scan.size, scan.entries, scan.problems + problems)
 
 
-def _misfits(entries: Mapping[str, TensorEntry], shapes: Shapes, modules: Modules | None) -> list[tuple[str, str]]:
+def _misfits(entries: Mapping[str, TensorEntry], layout: Layout, modules: Modules | None) -> list[tuple[str, str]]:
     """Extra, missing and wrongly shaped tensors."""
-    extra = [name for name in entries if name not in shapes]
-    hints = {name: _hint(name, shapes) for name in extra[:SHOWN_PROBLEMS]}
-    reasons = [(name, _why_extra(name, shapes, modules, hint=hints.get(name, ""))) for name in extra]
-    for name, shape in shapes.items():
+    known = {**layout.shapes, **layout.optional}
+    extra = [name for name in entries if name not in known]
+    hints = {name: _hint(name, known) for name in extra[:SHOWN_PROBLEMS]}
+    parts = _parts(known, modules) if extra else frozenset()
+    reasons = [(name, _why_extra(name, known, modules, parts=parts, hint=hints.get(name, ""))) for name in extra]
+    for name, shape in known.items():
         found = entries.get(name)
         if found is None:
-            reasons.append((name, f"is missing; the config and the base demand it with shape {_shape(shape)}"))
+            if name in layout.shapes:
+                reasons.append((name, f"is missing; the config and the base demand it with shape {_shape(shape)}"))
         elif found.shape != shape:
             reasons.append(
                 (name, f"has shape {_shape(found.shape)}, but the config and the base demand {_shape(shape)}")
@@ -186,19 +190,37 @@ def _misfits(entries: Mapping[str, TensorEntry], shapes: Shapes, modules: Module
     return reasons
 
 
-def _hint(name: str, shapes: Shapes) -> str:
-    near = difflib.get_close_matches(name, list(shapes)[:2000], n=1, cutoff=0.9)
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known)[:2000], n=1, cutoff=0.9)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _why_extra(name: str, shapes: Shapes, modules: Modules | None, *, hint: str) -> str:
-    for part, reason in _HINTS:
-        if part in name:
+def _parts(known: Iterable[str], modules: Modules | None) -> frozenset[str]:
+    """What stands behind a module's name in the tensors of this kind of adapter, such as lora_A.weight."""
+    if modules is None:
+        return frozenset()
+    parts = set()
+    for name in known:
+        module, tail = name.removeprefix(TENSOR_PREFIX), ""
+        while module and module not in modules.linears:
+            module, _, leaf = module.rpartition(".")
+            tail = f".{leaf}{tail}"
+        if module:
+            parts.add(tail)
+    return frozenset(parts)
+
+
+def _why_extra(
+    name: str, known: Mapping[str, object], modules: Modules | None, *, parts: frozenset[str], hint: str
+) -> str:
+    for telling, reason in _HINTS:
+        if telling in name:
             return reason
-    if not name.startswith(TENSOR_PREFIX) and any(known.startswith(TENSOR_PREFIX) for known in shapes):
+    if not name.startswith(TENSOR_PREFIX) and any(other.startswith(TENSOR_PREFIX) for other in known):
         return f"does not start with {TENSOR_PREFIX}{hint}"
-    module = re.sub(r"\.(lora_[AB]\.(weight|bias)|ia3_l)\Z", "", name.removeprefix(TENSOR_PREFIX))
-    if module != name.removeprefix(TENSOR_PREFIX) and modules is not None:
+    part = max((part for part in parts if name.endswith(part)), key=len, default=None)
+    if part is not None and modules is not None:
+        module = name.removeprefix(TENSOR_PREFIX).removesuffix(part)
         if module not in modules.linears:
             return f"belongs to {printable(module)}, which is no Linear layer of the base{hint}"
         return f"belongs to {module}, which the config does not target{hint}"

@@ -27,7 +27,7 @@ from hub.connect import open_reader
 from hub.contract import HubReader
 from hub.errors import HubError, HubUnavailable
 from hub.http.doorkeeper import guarded
-from server.adapters.lowering import Target
+from server.adapters.lowering.target import Target
 from server.adapters.source import Source
 from server.adapters.store import AdapterStore
 from server.api.app import create_app
@@ -75,6 +75,7 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
         device=facts.device,
         max_rank=config.adapters.max_rank,
         max_virtual=min(config.adapters.max_virtual, engine.max_model_len // 2),
+        weight=network.weight,
     )
     source = Source(hub, base, default_alias=config.adapters.default_alias, allow=config.adapters.allow)
     adapters = AdapterStore(source, engine, target, config.adapters, metrics, quantized=facts.quantized)

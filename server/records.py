@@ -13,8 +13,6 @@ from typing import Literal
 from server.errors import ServerError
 
 FinishReason = Literal["stop", "length"]
-Kind = Literal["lora", "ia3", "prefix", "prompt", "p-tuning"]
-PREFIX_KINDS: frozenset[str] = frozenset({"prefix", "prompt", "p-tuning"})
 
 
 @dataclass(frozen=True, slots=True)

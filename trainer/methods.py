@@ -46,6 +46,7 @@ class LoraOptions(Options):
     alpha: float | None = Field(None, gt=0, description="the delta is scaled by alpha / rank; default: twice the rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the factors")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="train the length of every row of the weight apart from its direction (DoRA)")
     targets: tuple[str, ...] | None = Field(
         None, min_length=1, description="modules to adapt; default: every linear one"
     )
@@ -124,6 +125,7 @@ def lora_config(options: LoraOptions, anatomy: Anatomy) -> Any:
         lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
+        use_dora=options.dora,
         target_modules=list(options.targets or anatomy.linear_names),
         fan_in_fan_out=anatomy.conv1d,
     )

@@ -24,7 +24,8 @@ from typing import Protocol
 from torch import Tensor
 
 from server.adapters import golden
-from server.adapters.lowering import Target, lower
+from server.adapters.lowering.table import lower
+from server.adapters.lowering.target import Target
 from server.adapters.source import Artifact, Forgotten, Happened, Listed, Resolution, Source
 from server.config import AdapterConfig
 from server.contract import AdapterStatus, HubStatus, Lease, Servable

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from server.model.attention import AttentionPlan, Span
+from server.model.grafted import GraftedLinear
 from server.model.kv import KvCache
+from server.model.weights import base_weight
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import Active, SiteOperand, SiteShape
@@ -82,6 +84,13 @@ class Network:
             graft_plan=plan,
         )
         return cache.read(range(count))
+
+    @torch.no_grad()
+    def weight(self, name: str) -> Tensor:
+        """The (O, I) weight of a grafted Linear in fp32, not to be written to."""
+        grafted = self._stock.get_submodule(name)
+        assert isinstance(grafted, GraftedLinear)
+        return base_weight(grafted.base)
 
     def new_cache(self, blocks: int, block_size: int) -> KvCache:
         facts = self.facts

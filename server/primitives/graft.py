@@ -40,17 +40,24 @@ def check_mixture(terms: Sequence[tuple[Graft, float]]) -> None:
     if len(prefixes) > 1:
         labels = " and ".join(graft.label for graft, _ in prefixes)
         raise MixtureRefused(f"{labels} both put virtual tokens ahead of the sequence; one such adapter is the limit")
-    scaled_in: dict[str, Graft] = {}
-    scaled_out: dict[str, Graft] = {}
+    _check_scales([(graft, weight) for graft, weight in terms if weight])
+
+
+def _check_scales(terms: Sequence[tuple[Graft, float]]) -> None:
+    """Scales of one side add; a product of two sums is the sum of the deltas only for one adapter, whole and alone."""
+    scaled_in: dict[str, list[tuple[Graft, float]]] = {}
+    scaled_out: dict[str, list[Graft]] = {}
     for graft, weight in terms:
         for name, value in graft.sites.items():
-            if weight and value.scale_in is not None:
-                scaled_in[name] = graft
-            if weight and value.scale_out is not None:
-                scaled_out[name] = graft
+            if value.scale_in is not None:
+                scaled_in.setdefault(name, []).append((graft, weight))
+            if value.scale_out is not None:
+                scaled_out.setdefault(name, []).append(graft)
     for name in scaled_in.keys() & scaled_out.keys():
-        if scaled_in[name] is not scaled_out[name]:
-            raise MixtureRefused(
-                f"{scaled_in[name].label} scales the input and {scaled_out[name].label} the output of {name}: "
-                "their exact sum is not one product"
-            )
+        for one, weight in scaled_in[name]:
+            for other in scaled_out[name]:
+                if one is not other or weight != 1:
+                    raise MixtureRefused(
+                        f"{one.label} scales the input and {other.label} the output of {name}: "
+                        "their exact sum is not one product"
+                    )

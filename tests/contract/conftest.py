@@ -12,6 +12,7 @@ from hub.client import RemoteHub
 from hub.contract import Hub
 from hub.registry import LocalHub
 from tests.registries import ADMIN_KEY, threaded
+from tests.unit.hub.kinds import CASES, write
 from tests.unit.hub.makers import write_base, write_ia3, write_lora, write_prompt
 
 Folders = Mapping[str, Path]
@@ -48,4 +49,4 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     made["ia3"] = write_ia3(root / "ia3", base)
     for kind, peft_type in {"prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING", "p-tuning": "P_TUNING"}.items():
         made[kind] = write_prompt(root / kind, base, kind=peft_type)
-    return made
+    return made | {name: write(root / name, case, base) for name, case in CASES.items()}

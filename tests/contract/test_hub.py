@@ -14,6 +14,7 @@ from hub.errors import AliasMoved, BadReference, InUse, LogLost, NotFound, Refus
 from hub.manifest import CONFIG_FILE, WEIGHTS_FILE
 from hub.ref import parse_reference
 from tests.contract.conftest import Folders
+from tests.unit.hub.kinds import CASES
 
 
 def at(hub: Hub, reference: str) -> int:
@@ -67,7 +68,7 @@ def test_a_push_that_is_refused_leaves_no_trace(hub: Hub, tmp_path: Path, folder
     assert hub.head() == 0
 
 
-@pytest.mark.parametrize("kind", ["lora-0", "ia3", "prefix", "prompt", "p-tuning"])
+@pytest.mark.parametrize("kind", ["lora-0", "ia3", "prefix", "prompt", "p-tuning", *CASES])
 def test_every_kind_goes_in_and_comes_out_with_the_same_bytes(
     hub: Hub, tmp_path: Path, folders: Folders, kind: str
 ) -> None:

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from server.adapters.bank import Bank
-from server.adapters.lowering import Target, lower
+from server.adapters.lowering.table import lower
+from server.adapters.lowering.target import Target
 from server.config import ModelConfig
 from server.engine.pack import block_rows, pack_step
 from server.model.load import load_network
@@ -26,6 +27,7 @@ from server.policy.blocks import BlockPool
 from server.policy.schedule import Scheduler
 from server.policy.schedule import Sequence as Scheduled
 from server.primitives.graft import Graft
+from tests.oracle.kinds import Row, make_adapter, rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -88,6 +90,34 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyB
     return make
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """One row of the oracle on one base: as it was saved, and as PEFT loads it."""
+
+    row: Row
+    folder: Path
+    peft: Any
+
+
+@pytest.fixture(scope="session")
+def adapters(
+    tiny_base: Callable[[str], TinyBase], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Adapter]]:
+    """Every row that can be put on an architecture, by its name. What PEFT loaded must not be changed."""
+    made: dict[str, dict[str, Adapter]] = {}
+
+    def make(architecture: str) -> dict[str, Adapter]:
+        if architecture not in made:
+            base, root = tiny_base(architecture), tmp_path_factory.mktemp(architecture)
+            made[architecture] = {
+                name: Adapter(row, root / name, make_adapter(base, row, root / name, seed))
+                for seed, (name, row) in enumerate(rows(architecture).items())
+            }
+        return made[architecture]
+
+    return make
+
+
 @dataclass
 class Bench:
     """The engine without its thread: plan, pack, forward, commit, with every position's logits kept."""
@@ -102,7 +132,9 @@ class Bench:
 
     def target(self) -> Target:
         facts = self.network.facts
-        return Target(facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, 64, 64)
+        return Target(
+            facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, 64, 64, self.network.weight
+        )
 
     def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:
         """What the adapter store does with a folder, without the hub."""

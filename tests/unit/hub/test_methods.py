@@ -24,8 +24,9 @@ def test_a_config_as_peft_writes_it_has_no_complaints() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
-        ("use_dora", True, "DoRA"),
-        ("bias", "all", "only none is"),
+        ("use_dora", 1, "true or false"),
+        ("bias", "some", "served are none, all, lora_only"),
+        ("bias", "vera_only", "served are none, all, lora_only"),
         ("modules_to_save", ["lm_head"], "replaces whole modules"),
         ("trainable_token_indices", [1], "embedding"),
         ("target_parameters", ["experts"], "bare parameters"),
@@ -83,8 +84,8 @@ def test_initialisations_that_leave_the_base_alone_pass(value: Any) -> None:
 
 
 def test_every_complaint_is_told_at_once() -> None:
-    assert set(complaints(lora_config(BASE, use_dora=True, r=999, wibble=1, bias="all"))) == {
-        "use_dora", "r", "wibble", "bias",
+    assert set(complaints(lora_config(BASE, use_qalora=True, r=999, wibble=1, bias="some"))) == {
+        "use_qalora", "r", "wibble", "bias",
     }  # fmt: skip
 
 
@@ -103,9 +104,13 @@ def test_a_pattern_excludes_layer_options_as_peft_does() -> None:
     assert "cannot stand beside" in found["layers_to_transform"]
 
 
-@pytest.mark.parametrize("peft_type", ["XLORA", "VERA", None, 5, ["LORA"]])
+@pytest.mark.parametrize("peft_type", ["XLORA", "ROAD", None, 5, ["LORA"]])
 def test_a_kind_that_is_not_served_is_refused_with_those_that_are(peft_type: Any) -> None:
-    assert "served are LORA, IA3" in str(method_of({"peft_type": peft_type}))
+    assert "served are LORA, ADALORA" in str(method_of({"peft_type": peft_type}))
+
+
+def test_why_a_known_kind_is_not_served_is_told() -> None:
+    assert str(method_of({"peft_type": "ROAD"})).startswith("ROAD is not served (it rotates pairs of outputs")
 
 
 def test_the_order_of_set_like_lists_is_not_part_of_the_canonical_config() -> None:
@@ -118,12 +123,16 @@ def test_the_table_knows_every_key_that_this_peft_writes_and_its_defaults_pass()
     """The table is written out by hand; PEFT's own dataclasses say when it has become old."""
     peft = pytest.importorskip("peft")
     classes = {
-        "LORA": peft.LoraConfig, "IA3": peft.IA3Config, "PREFIX_TUNING": peft.PrefixTuningConfig,
-        "PROMPT_TUNING": peft.PromptTuningConfig, "P_TUNING": peft.PromptEncoderConfig,
+        "LORA": peft.LoraConfig, "ADALORA": peft.AdaLoraConfig, "VERA": peft.VeraConfig, "LOHA": peft.LoHaConfig,
+        "HRA": peft.HRAConfig, "MISS": peft.MissConfig, "DELORA": peft.DeloraConfig, "IA3": peft.IA3Config,
+        "BEFT": peft.BeftConfig, "PREFIX_TUNING": peft.PrefixTuningConfig, "PROMPT_TUNING": peft.PromptTuningConfig,
+        "P_TUNING": peft.PromptEncoderConfig,
     }  # fmt: skip
     needed = {"target_modules": ["q_proj"], "feedforward_modules": [], "num_virtual_tokens": 4, "token_dim": 8}
+    assert classes.keys() == METHODS.keys()
     for peft_type, config_class in classes.items():
-        written = config_class(task_type="CAUSAL_LM").to_dict()
+        demanded = {"total_step": 10} if peft_type == "ADALORA" else {}
+        written = config_class(task_type="CAUSAL_LM", **demanded).to_dict()
         config = {**written, **{key: value for key, value in needed.items() if key in written}}
         config = {key: getattr(value, "value", value) for key, value in config.items()}
         assert complaints(config) == {}, peft_type

@@ -42,16 +42,24 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, str]]] = {
 }
 
 
-def configs(targets: tuple[str, str]) -> dict[str, Any]:
+def configs(family: str, targets: tuple[str, str]) -> dict[str, Any]:
     """One PEFT config per row: every option that changes which tensors there are, or their shapes."""
     task, both = {"task_type": "CAUSAL_LM"}, list(targets)
-    return {
+    norms_too = family in ("phi", "gpt2")  # "all" would train the biases of their norms
+    rows = {
         "lora": peft.LoraConfig(r=4, target_modules=both, rank_pattern={targets[0]: 2}, lora_bias=True, **task),
         "lora, all linear": peft.LoraConfig(r=3, target_modules="all-linear", use_rslora=True, **task),
         "lora, one layer": peft.LoraConfig(r=4, target_modules=both, layers_to_transform=[1], **task),
         "lora, pattern": peft.LoraConfig(r=4, target_modules=rf".*\.1\..*{targets[1]}", **task),
         "lora, orthogonal": peft.LoraConfig(r=4, target_modules=both, init_lora_weights="orthogonal", **task),
         "lora, no task": peft.LoraConfig(r=4, target_modules=both),
+        "lora, dora": peft.LoraConfig(r=4, target_modules=both, use_dora=True, bias="lora_only", **task),
+        "lora, biases": peft.LoraConfig(
+            r=4, target_modules=both, lora_bias=True, bias="lora_only" if norms_too else "all", **task
+        ),
+        "adalora": peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=both, bias="lora_only", **task),
+        "vera": peft.VeraConfig(r=4, target_modules=both, bias="vera_only" if norms_too else "all", **task),
+        "vera, from its seed": peft.VeraConfig(r=4, target_modules=both, save_projection=False, **task),
         "ia3": peft.IA3Config(target_modules=both, feedforward_modules=both[1:], **task),
         "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **task),
         "prefix, projected": peft.PrefixTuningConfig(
@@ -60,6 +68,18 @@ def configs(targets: tuple[str, str]) -> dict[str, Any]:
         "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, **task),
         "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **task),
     }
+    if family != "gpt2":  # PEFT cannot put these on Conv1D
+        rows |= {
+            "loha": peft.LoHaConfig(r=4, rank_pattern={targets[0]: 3}, target_modules="all-linear", **task),
+            "hra": peft.HRAConfig(r=4, bias="hra_only", target_modules=both, **task),
+            "miss": peft.MissConfig(r=5, bias="MiSS_only", target_modules=both, **task),
+            "miss, mini": peft.MissConfig(r=4, init_weights="mini", mini_r=8, target_modules=both, **task),
+            "delora": peft.DeloraConfig(
+                r=4, rank_pattern={targets[0]: 3}, bias="delora_only", target_modules=both, **task
+            ),
+            "beft": peft.BeftConfig(target_modules=both, **task),
+        }
+    return rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +114,7 @@ def test_every_kind_on_this_family_is_accepted_as_peft_saves_it(
     family: tuple[Any, Path, tuple[str, str]], tmp_path: Path
 ) -> None:
     model, base, targets = family
-    for row, config in configs(targets).items():
+    for row, config in configs(model.config.model_type, targets).items():
         manifest: Manifest = validate(save(model, config, tmp_path / row, base))
         assert row.startswith(manifest.kind)
         assert manifest.base.model_type == model.config.model_type

@@ -223,7 +223,7 @@ def test_tensors_that_are_missing_extra_or_misnamed_are_each_named(adapter: Path
         "model.layers.9.self_attn.q_proj, which is no Linear layer of the base",
         "k_proj, which the config does not target",
         "model.layers.0.self_attn.v_proj.lora_A.weight: does not start with base_model.model.",
-        "lora_magnitude_vector: DoRA is not served",
+        "lora_magnitude_vector: a magnitude of DoRA, but use_dora is not true",
         "a copy of the base's own weight",
         "../../etc/passwd: does not start",
     ):
@@ -283,7 +283,7 @@ def test_a_truncated_file_is_refused(adapter: Path, cut: int) -> None:
 
 def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(adapter: Path) -> None:
     data = (adapter / WEIGHTS).read_bytes()
-    scan = scan_weights(BytesIO(data[:-4]), len(data), shapes=None, modules=None)
+    scan = scan_weights(BytesIO(data[:-4]), len(data), layout=None, modules=None)
     assert "became shorter while it was read" in str(scan.problems[0])
 
 
@@ -296,14 +296,14 @@ def test_problems_of_every_sort_come_in_one_round(tmp_path: Path, base: Path) ->
     tensors = lora_tensors()
     tensors[f"{Q0}.lora_A.weight"][0, 0] = np.nan
     del tensors[f"{Q0}.lora_B.weight"]
-    config = lora_config(base, use_dora=True, lora_dropot=1, rank_pattern={"none": 300})
+    config = lora_config(base, use_qalora=True, lora_dropot=1, rank_pattern={"none": 300})
     folder = write_adapter(tmp_path / "a", config, tensors)
     (folder / "x.bin").write_bytes(b"")
     (folder / "golden.json").write_text("{}")
     text = problems(folder)
     for expected in (
         "x.bin",
-        "use_dora",
+        "use_qalora",
         "lora_dropot",
         "rank 300 is above max_rank 256",
         "NaN",

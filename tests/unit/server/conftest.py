@@ -13,12 +13,25 @@ from typing import Any, TypeVar
 import pytest
 import safetensors.torch
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    DeloraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    MissConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hub.base import describe_base
 from hub.registry import LocalHub
-from server.adapters.lowering import Target
+from server.adapters.lowering.target import Target
 from server.adapters.source import Source
 from server.adapters.store import AdapterStore
 from server.config import AdapterConfig, EngineConfig, ModelConfig
@@ -53,6 +66,14 @@ def make_base(folder: Path, *, hidden: int = 32, seed: int = 0) -> Path:
 CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "lora-16": lambda: LoraConfig(r=16, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "adalora": lambda: AdaLoraConfig(init_r=4, total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "vera": lambda: VeraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "loha": lambda: LoHaConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "hra": lambda: HRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "miss": lambda: MissConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "delora": lambda: DeloraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "beft": lambda: BeftConfig(target_modules=["v_proj"], task_type="CAUSAL_LM"),
     "ia3": lambda: IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
     "ia3-in": lambda: IA3Config(target_modules=["v_proj"], feedforward_modules=["v_proj"], task_type="CAUSAL_LM"),
     "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
@@ -164,7 +185,14 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
         config = replace(AdapterConfig(), **settings)
         facts = network.facts
         target = Target(
-            facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, config.max_rank, config.max_virtual
+            facts.sites,
+            facts.layers,
+            facts.hidden_size,
+            facts.dtype,
+            facts.device,
+            config.max_rank,
+            config.max_virtual,
+            network.weight,
         )
         metrics = Metrics()
         source = Source(hub, describe_base(base, name=str(base)), default_alias=config.default_alias)

@@ -55,6 +55,18 @@ def test_a_target_may_be_the_last_parts_of_a_name(tiny_base: Path) -> None:
         assert METHODS["lora"].problems(LoraOptions(targets=(target,)), base.anatomy, plan) == []
 
 
+@pytest.mark.parametrize("dora", [True, False])
+def test_dora_is_an_option_of_lora(dora: bool, tiny_base: Path) -> None:
+    from peft import get_peft_model
+
+    base = open_base(str(tiny_base))
+    config = METHODS["lora"].config(LoraOptions(rank=2, dora=dora, targets=("q_proj",)), base.anatomy)
+    model = get_peft_model(base.load_weights(torch.device("cpu")), config)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("lora_magnitude_vector" in name for name in trained) == dora
+    assert config.to_dict()["use_dora"] is dora
+
+
 def test_ia3_needs_targets_where_peft_knows_none(make_base: MakeBase) -> None:
     folder = make_base(model_type="olmo2")
     assert "no default targets are known for model type olmo2" in refusal(recipe("ia3", folder))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from hub.validate import validate
 from trainer.base import open_base
 from trainer.data import load_dataset
 from trainer.errors import Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged
@@ -75,6 +76,18 @@ def test_a_run_that_was_stopped_and_resumed_makes_the_same_bytes(
     assert result.resumed_at == 7
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
     assert not work_folder(tmp_path / "resumed").exists()
+
+
+def test_dora_is_taken_up_where_it_was_and_the_hub_accepts_it(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    wanted = recipe("lora", tiny_base, chats, options={"rank": 2, "dropout": 0.3, "dora": True})
+    train(wanted, tmp_path / "whole")
+    stopped = StopAt(6)
+    with pytest.raises(Interrupted):
+        train(wanted, tmp_path / "resumed", report=stopped, stop=stopped.event)
+    train(wanted, tmp_path / "resumed", workshop=Workshop(existing="resume"))
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+    manifest = validate(tmp_path / "whole", base=tiny_base)
+    assert (manifest.kind, manifest.config["use_dora"]) == ("lora", True)
 
 
 def test_when_checkpoints_are_saved_changes_nothing(tiny_base: Path, chats: Path, tmp_path: Path) -> None:

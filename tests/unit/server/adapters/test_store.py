@@ -24,7 +24,7 @@ from server.errors import (
     ServerError,
     Unavailable,
 )
-from tests.unit.server.conftest import make_adapter, make_base, set_tensor
+from tests.unit.server.conftest import CONFIGS, make_adapter, make_base, set_tensor
 
 PROMPT = [5, 9, 2, 7, 7, 3]
 
@@ -201,21 +201,41 @@ def test_a_full_cache_waits_for_a_lease_to_end(
     run(work())
 
 
+def golden(folder: Path, base: Path, *, spoil: float) -> Path:
+    """The folder with a golden row as PEFT answers it, off by `spoil` of its spread."""
+    ids = torch.tensor([4, 7, 1, 30])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    with torch.inference_mode():
+        logits = model(ids[None]).logits[0, -1]
+    logits = logits + spoil * logits.std() * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    safetensors.torch.save_file({"0.input_ids": ids, "0.logits": logits}, folder / "golden.safetensors")
+    (folder / "golden.json").write_text('{"schema_version": 1, "rows": [{"prompt": "?", "tokens": 4}]}')
+    return folder
+
+
+@pytest.mark.parametrize("kind", sorted({*CONFIGS} - {"lora-16", "ia3-in"}))
+def test_every_kind_goes_from_the_hub_through_its_golden_rows_into_service(
+    kind: str, rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], base: Path, tmp_path: Path
+) -> None:
+    for name, spoil in (("good", 0.0), ("bad", 0.1)):
+        copied = set_tensor(adapter(kind, 1), tmp_path / name, lambda tensors: None)
+        hub.push(golden(copied, base, spoil=spoil), name)
+
+    async def work() -> None:
+        async with rig() as server:
+            assert (await server.ask(PROMPT, ("good", 1.0)))[0] != (await server.ask(PROMPT))[0]
+            assert server.store.resident()[0].kind == ("lora" if kind == "dora" else kind)
+            assert "golden row 0 is off by" in (await refused(server, ("bad", 1.0))).message
+
+    run(work())
+
+
 def test_an_alias_serves_the_old_version_until_the_new_one_has_proved_itself(
     rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], base: Path, tmp_path: Path
 ) -> None:
-    def golden(folder: Path, *, spoil: float) -> Path:
-        ids = torch.tensor([4, 7, 1, 30])
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
-        with torch.inference_mode():
-            logits = model(ids[None]).logits[0, -1]
-        logits = logits + spoil * logits.std() * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-        safetensors.torch.save_file({"0.input_ids": ids, "0.logits": logits}, folder / "golden.safetensors")
-        (folder / "golden.json").write_text('{"schema_version": 1, "rows": [{"prompt": "?", "tokens": 4}]}')
-        return folder
-
     def copy(seed: int, spoil: float) -> Path:
-        return golden(set_tensor(adapter("lora", seed), tmp_path / f"{seed}", lambda tensors: None), spoil=spoil)
+        copied = set_tensor(adapter("lora", seed), tmp_path / f"{seed}", lambda tensors: None)
+        return golden(copied, base, spoil=spoil)
 
     async def version(server: Any) -> int:
         lease = await server.store.acquire([("bot", 1.0)])

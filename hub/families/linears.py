@@ -1,0 +1,129 @@
+"""What the kinds that adapt Linear layers have in common: targets, ranks by pattern, and the base's own biases.
+
+A row says what its kind saves at one Linear; here that becomes the layout on a whole base.
+A config with `bias` other than none has trained the base's own biases, and PEFT saves each whole: as
+`<module>.base_layer.bias` where the module is adapted, as `<module>.bias` where it is not.
+Source: peft 0.21.2, tuners/tuners_utils.py `_get_learnable_bias_state_dict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from hub import fields
+from hub.base import Base, Linear, Modules, conv1d_layers
+from hub.families.method import COMMON, TENSOR_PREFIX, Complaint, Config, Field, Layout, Shapes
+from hub.ref import printable
+from hub.targets import pattern_value, target_complaints, target_modules
+
+HEAD = "lm_head"
+
+TARGETS: Mapping[str, Field] = {
+    **COMMON,
+    "target_modules": Field(fields.module_names, shapes_tensors=True),
+    "exclude_modules": Field(fields.optional_module_names, shapes_tensors=True),
+    "layers_to_transform": Field(fields.layers, shapes_tensors=True),
+    "layers_pattern": Field(fields.layer_patterns, shapes_tensors=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a config demands at one Linear; `shapes` by what stands behind the module's name."""
+
+    shapes: Shapes
+    rank: int | None = None
+    complaint: Complaint | None = None
+
+
+PartOf = Callable[[Config, str, Linear], Part]
+
+
+def bias_field(own: str) -> Field:
+    """The key `bias`: `own` is what this kind calls the biases of the adapted modules alone."""
+    return Field(fields.one_of("none", "all", own), shapes_tensors=True)
+
+
+def linear_layout(config: Config, base: Base, modules: Modules, *, part: PartOf, conv1d: bool = True) -> Layout:
+    """The layout of a kind that saves `part` at every Linear; without `conv1d` it has no meaning on Conv1D layers."""
+    complaints = [("target_modules", reason) for reason in target_complaints(config, modules)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    ranks = []
+    misfits: dict[str, Complaint] = {}  # the first of each key: there may be as many as modules
+    adapted = target_modules(config, modules)
+    for module in adapted:
+        found = part(config, module, modules.linears[module])
+        shapes |= {f"{TENSOR_PREFIX}{module}.{name}": shape for name, shape in found.shapes.items()}
+        if found.rank is not None:
+            ranks.append(found.rank)
+        if found.complaint is not None:
+            misfits.setdefault(found.complaint[0], found.complaint)
+    complaints += [*misfits.values(), *_unfit(adapted, base, conv1d=conv1d)]
+    biases = _biases(config, frozenset(adapted), modules)
+    known = modules.biased is not None
+    return Layout(
+        {**shapes, **biases} if known else shapes,
+        (*complaints, *_strange_biases(config, modules)),
+        max(ranks, default=None),
+        leaves(adapted),
+        {} if known else biases,
+    )
+
+
+def pattern_rank(config: Config, module: str) -> int:
+    """The rank of a module by `r` and `rank_pattern`."""
+    rank: int = pattern_value(config.get("rank_pattern") or {}, module, config["r"])
+    return rank
+
+
+def pattern_ranks(config: Config) -> Iterable[tuple[str, int]]:
+    """Every rank that `r` and `rank_pattern` ask for."""
+    patterns = config.get("rank_pattern")
+    ranks = [("r", config.get("r"))]
+    ranks += [("rank_pattern", rank) for rank in patterns.values()] if isinstance(patterns, dict) else []
+    return [(key, rank) for key, rank in ranks if type(rank) is int]
+
+
+def leaves(adapted: Iterable[str]) -> tuple[str, ...]:
+    """The last parts of the modules' names, each once."""
+    return tuple(sorted({module.rpartition(".")[2] for module in adapted}))
+
+
+def _unfit(adapted: Iterable[str], base: Base, *, conv1d: bool) -> list[Complaint]:
+    """Targets that are Linear layers, but not for this kind or this server."""
+    complaints = []
+    if HEAD in adapted:
+        complaints.append(("target_modules", f"{HEAD} is the output head, on which no adapter is served"))
+    transposed = conv1d_layers(base.model_type)
+    strange = next((module for module in adapted if module.rpartition(".")[2] in transposed), None)
+    if strange is not None and not conv1d:
+        complaints.append(
+            ("target_modules", f"{printable(strange)} is a Conv1D layer, on which PEFT has no such adapter")
+        )
+    return complaints
+
+
+def _biases(config: Config, adapted: frozenset[str], modules: Modules) -> Shapes:
+    """The biases that the config has trained: of the Linear layers that are known to have one, or of all."""
+    if config.get("bias", "none") == "none":
+        return {}
+    own = modules.linears if modules.biased is None else modules.linears.keys() & modules.biased
+    meant = [module for module in modules.linears if module in own and module != HEAD]
+    if config["bias"] != "all":
+        meant = [module for module in meant if module in adapted]
+    return {
+        f"{TENSOR_PREFIX}{module}.{'base_layer.' if module in adapted else ''}bias": (modules.linears[module].outputs,)
+        for module in meant
+    }
+
+
+def _strange_biases(config: Config, modules: Modules) -> list[Complaint]:
+    """`all` means every bias of the base, and not all of them belong to a Linear that is served."""
+    if config.get("bias", "none") != "all" or modules.biased is None:
+        return []
+    strange = sorted(modules.biased - (modules.linears.keys() - {HEAD}))
+    if not strange:
+        return []
+    first, count = printable(strange[0]), len(strange)
+    return [("bias", f"all also trains biases that are not served, of {count} modules, {first} among them")]

@@ -1,0 +1,84 @@
+"""One row of the table of adapter kinds: the keys of its config, and the tensors that follow from it on a base.
+
+A key stands in one of three classes. Served: we act on it. Inert: it steers training or initialisation only, and the
+saved weights already hold its effect. Neutral: an option that we do not serve, accepted only at PEFT's default, which
+switches it off. A key that stands nowhere in its row is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hub import fields
+from hub.base import Base, Modules
+from hub.fields import Check
+from hub.kind import Kind
+
+Config = Mapping[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+Complaint = tuple[str, str]  # (key of the config, reason)
+
+TENSOR_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One key of a config: the complaint about a value, and whether the tensors' names and shapes follow from it."""
+
+    check: Check
+    shapes_tensors: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tensors that a config demands on a base, and what keeps them from being told.
+
+    `optional` may be there: whether they are depends on what the base's description does not tell.
+    """
+
+    shapes: Shapes
+    complaints: tuple[Complaint, ...] = ()
+    rank: int | None = None
+    targets: tuple[str, ...] = ()
+    optional: Shapes = field(default_factory=dict)
+
+
+def no_ranks(config: Config) -> Iterable[tuple[str, int]]:
+    return ()
+
+
+def no_contradictions(config: Config) -> Iterable[Complaint]:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One kind of adapter.
+
+    `ranks` are the ranks that a config asks for, by key, as they are served; `contradictions` are combinations of keys
+    that PEFT itself refuses to load. Both must take a config that has other complaints.
+    """
+
+    kind: Kind
+    peft_type: str
+    fields: Mapping[str, Field]
+    required: tuple[str, ...]
+    layout: Callable[[Config, Base, Modules], Layout]
+    ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks
+    contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions
+
+
+INERT = Field(fields.anything)
+
+COMMON: Mapping[str, Field] = {
+    "peft_type": INERT,
+    "peft_version": Field(fields.optional_text),
+    "base_model_name_or_path": Field(fields.optional_text),
+    "revision": Field(fields.optional_text),
+    "inference_mode": Field(fields.boolean),
+    "task_type": Field(fields.one_of("CAUSAL_LM", None)),
+    "auto_mapping": Field(fields.auto_mapping),
+    "modules_to_save": Field(fields.neutral(None, [], why="it replaces whole modules of the base")),
+}

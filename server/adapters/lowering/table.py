@@ -1,0 +1,44 @@
+"""Lowering: a file in PEFT's format becomes primitives, by one function per kind of adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from server.adapters.lowering.adalora import lower_adalora
+from server.adapters.lowering.beft import lower_beft
+from server.adapters.lowering.delora import lower_delora
+from server.adapters.lowering.hra import lower_hra
+from server.adapters.lowering.ia3 import lower_ia3
+from server.adapters.lowering.loha import lower_loha
+from server.adapters.lowering.lora import lower_lora
+from server.adapters.lowering.miss import lower_miss
+from server.adapters.lowering.prompts import lower_prefix, lower_soft_prompt
+from server.adapters.lowering.target import Lowered, Lowering, Target
+from server.adapters.lowering.vera import lower_vera
+from server.errors import AdapterIncompatible
+
+LOWERINGS: Mapping[str, Lowering] = {
+    "lora": lower_lora,
+    "adalora": lower_adalora,
+    "vera": lower_vera,
+    "loha": lower_loha,
+    "hra": lower_hra,
+    "miss": lower_miss,
+    "delora": lower_delora,
+    "ia3": lower_ia3,
+    "beft": lower_beft,
+    "prefix": lower_prefix,
+    "prompt": lower_soft_prompt,
+    "p-tuning": lower_soft_prompt,
+}
+
+
+def lower(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> Lowered:
+    """Raises: AdapterIncompatible, naming the field or tensor and both values."""
+    lowering = LOWERINGS.get(kind)
+    if lowering is None:
+        raise AdapterIncompatible(f"kind {kind} is not served; served are {', '.join(sorted(LOWERINGS))}")
+    return lowering(config, tensors, target)
