@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from server.errors import AdapterIncompatible
+from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import SiteShape, SiteValue
 
@@ -41,11 +42,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives, or a soft prompt that the base must still turn into a prefix."""
+    """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix."""
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
+    reach: Reach = EVERYWHERE
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]
