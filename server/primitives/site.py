@@ -1,10 +1,10 @@
 """A Site: everything that the active adapters do at one Linear, in one fixed order.
 
-    x' = scale_in(x);  y = W x';  y = scale_out(y);  y += lowrank(x);  y += bias;  y += base bias
+    x' = scale_in(x);  y = W x';  y = scale_out(y);  y += lowrank(x);  y += delta(x);  y += bias;  y += base bias
 
-The low-rank delta reads the unscaled x and is not scaled itself, so every adapter's contribution is its own delta and a
-mixture is their weighted sum. The one case where that fails, one adapter scaling the input and another the output of
-the same Linear, is refused before it gets here (`server.primitives.graft`).
+The deltas, low-rank or whole, read the unscaled x and are not scaled themselves, so every adapter's contribution is its
+own and a mixture is their weighted sum. The one case where that fails, one adapter scaling the input and another the
+output of the same Linear, is refused before it gets here (`server.primitives.graft`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from server.primitives import bias, lowrank, scale
+from server.primitives import bias, delta, lowrank, scale
 from server.primitives.gates import Gates
 
 
@@ -35,10 +35,11 @@ class SiteValue:
     scale_out: scale.Scale | None = None
     lowrank: lowrank.LowRank | None = None
     bias: bias.Bias | None = None
+    delta: delta.Delta | None = None
 
     @property
     def bytes(self) -> int:
-        parts = (self.scale_in, self.scale_out, self.lowrank, self.bias)
+        parts = (self.scale_in, self.scale_out, self.lowrank, self.bias, self.delta)
         return sum(part.bytes for part in parts if part is not None)
 
 
@@ -50,6 +51,7 @@ class SiteOperand:
     scale_out: scale.ScaleOperand | None
     lowrank: lowrank.LowRankOperand | None
     bias: bias.BiasOperand | None
+    delta: delta.DeltaOperand | None
 
 
 @dataclass(slots=True)
@@ -66,11 +68,13 @@ def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
     outs = [(column, value.scale_out) for column, value in values if value.scale_out is not None]
     lows = [(column, value.lowrank) for column, value in values if value.lowrank is not None]
     biases = [(column, value.bias) for column, value in values if value.bias is not None]
+    deltas = [(column, value.delta) for column, value in values if value.delta is not None]
     return SiteOperand(
         scale.pack(ins) if ins else None,
         scale.pack(outs) if outs else None,
         lowrank.pack(lows) if lows else None,
         bias.pack(biases) if biases else None,
+        delta.pack(deltas) if deltas else None,
     )
 
 
@@ -83,6 +87,8 @@ def apply_site(
         y_TO = scale.apply(y_TO, gates, operand.scale_out)
     if operand.lowrank is not None:
         y_TO = lowrank.apply(y_TO, x_TI, gates, operand.lowrank)
+    if operand.delta is not None:
+        y_TO = delta.apply(y_TO, x_TI, gates, operand.delta)
     if operand.bias is not None:
         y_TO = bias.apply(y_TO, gates, operand.bias)
     return y_TO if base_bias is None else y_TO + base_bias

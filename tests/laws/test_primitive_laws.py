@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.adapters.bank import Bank
-from server.primitives import bias, lowrank, scale
+from server.primitives import bias, delta, lowrank, scale
 from server.primitives.bias import Bias
+from server.primitives.delta import Delta
 from server.primitives.gates import Gates, gates_from_rows
 from server.primitives.graft import Graft
 from server.primitives.lowrank import LowRank
@@ -45,7 +48,16 @@ def some_site(rng: torch.Generator, rank: int) -> SiteValue:
         scale_out=Scale(normal(OUT)) if rank % 3 == 1 else None,
         lowrank=LowRank(normal(rank, IN), normal(OUT, rank)) if rank % 2 else None,
         bias=Bias(normal(OUT)) if rank % 4 else None,
+        delta=some_delta(rng, rank) if rank > 2 else None,
     )
+
+
+def some_delta(rng: torch.Generator, seed: int) -> Delta:
+    """Dense, or sparse with about as many entries as a rank, of which some meet in one place and add."""
+    if seed % 2:
+        return Delta(torch.randn(OUT, IN, generator=rng))
+    rows, columns = (torch.randint(0, size, (2 * seed,), generator=rng) for size in (OUT, IN))
+    return delta.sparse(rows, columns, torch.randn(2 * seed, generator=rng), shape=(OUT, IN))
 
 
 def run_site(x: Tensor, gates: Tensor, values: list[SiteValue], weight: Tensor, base_bias: Tensor) -> Tensor:
@@ -64,7 +76,9 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
     ]
     scales = [(k, Scale(torch.randn(IN, generator=rng))) for k in range(len(sizes))]
     biases = [(k, Bias(torch.randn(OUT, generator=rng))) for k in range(len(sizes))]
+    deltas = [(k, some_delta(rng, size)) for k, size in enumerate(sizes)]
     pairs = [
+        (delta.apply(y, x, Gates(gates), delta.pack(deltas)), delta.apply_loop(y, x, gates, deltas)),
         (lowrank.apply(y, x, Gates(gates), lowrank.pack(lows)), lowrank.apply_loop(y, x, gates, lows)),
         (scale.apply(x, Gates(gates), scale.pack(scales)), scale.apply_loop(x, gates, scales)),
         (bias.apply(y, Gates(gates), bias.pack(biases)), bias.apply_loop(y, gates, biases)),
@@ -76,7 +90,7 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
 @given(seeds, ranks, tokens)
 @SETTINGS
 def test_a_site_equals_its_equation(seed: int, sizes: list[int], count: int) -> None:
-    """y = s_out * W (s_in * x) + sum g B A x + sum g b + base bias, by the plain loops."""
+    """y = s_out * W (s_in * x) + sum g B A x + sum g D x + sum g b + base bias, by the plain loops."""
     rng = random(seed)
     values = [some_site(rng, rank) for rank in sizes]
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
@@ -87,7 +101,9 @@ def test_a_site_equals_its_equation(seed: int, sizes: list[int], count: int) -> 
     lows = [(k, v.lowrank) for k, v in enumerate(values) if v.lowrank]
     biases = [(k, v.bias) for k, v in enumerate(values) if v.bias]
     y = scale.apply_loop(F.linear(scale.apply_loop(x, gates, ins), weight), gates, outs)
-    y = bias.apply_loop(lowrank.apply_loop(y, x, gates, lows), gates, biases) + base_bias
+    deltas = [(k, v.delta) for k, v in enumerate(values) if v.delta]
+    y = delta.apply_loop(lowrank.apply_loop(y, x, gates, lows), x, gates, deltas)
+    y = bias.apply_loop(y, gates, biases) + base_bias
     got = run_site(x, gates, values, weight, base_bias)
     torch.testing.assert_close(got, y, atol=TOLERANCE * 100, rtol=TOLERANCE * 10)
 
@@ -121,11 +137,14 @@ def test_the_order_of_a_tokens_adapters_does_not_matter(seed: int, sizes: list[i
 @given(seeds, ranks, st.integers(2, 7))
 @SETTINGS
 def test_a_tokens_result_does_not_depend_on_its_neighbours(seed: int, sizes: list[int], count: int) -> None:
-    """Not even on one whose adapter overflows every product: its infinities stay with it, to the bit."""
+    """Not even on one whose adapter overflows every product: its infinities stay with it, to the bit.
+
+    Whole deltas of its own aside: those are products of as many rows as carry them, which round in another order.
+    """
     rng = random(seed)
-    values = [some_site(rng, rank) for rank in sizes]
+    values = [replace(some_site(rng, rank), delta=None) for rank in sizes]
     huge = LowRank(torch.full((2, IN), 3e38), torch.full((OUT, 2), 3e38))
-    values.append(SiteValue(lowrank=huge))
+    values.append(SiteValue(lowrank=huge, delta=Delta(torch.full((OUT, IN), 3e38))))
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
     gates = some_gates(rng, count, len(values))
     gates[0, -1] = 0
@@ -139,13 +158,43 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(seed: int, sizes: lis
     assert not wild[1:].isfinite().all(), "the neighbours were meant to overflow"
 
 
+@given(seeds, ranks, st.integers(2, 7))
+@SETTINGS
+def test_a_token_with_a_whole_delta_does_not_see_what_its_neighbours_carry(
+    seed: int, sizes: list[int], count: int
+) -> None:
+    rng = random(seed)
+    values = [SiteValue(delta=some_delta(rng, size)) for size in sizes]
+    values += [SiteValue(delta=Delta(torch.full((OUT, IN), 3e38))), SiteValue(delta=infinite_sparse())]
+    x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
+    gates = some_gates(rng, count, len(values))
+    gates[0, -2:] = 0
+    gates[1:] = 0
+    calm = run_site(x, gates, values, weight, torch.zeros(OUT))
+    gates[1:] = 1
+    wild = run_site(x, gates, values, weight, torch.zeros(OUT))
+    torch.testing.assert_close(calm[0], wild[0], atol=TOLERANCE * 10, rtol=TOLERANCE)
+    assert not wild[1:].isfinite().all(), "the neighbours were meant to overflow"
+
+
+def infinite_sparse() -> Delta:
+    return delta.sparse(torch.arange(OUT), torch.arange(OUT) % IN, torch.full((OUT,), 3e38), shape=(OUT, IN))
+
+
+def test_a_delta_costs_the_bytes_that_it_takes() -> None:
+    places = torch.tensor([0, 3, 3]), torch.tensor([1, 2, 2])
+    some = delta.sparse(*places, torch.ones(3), shape=(OUT, IN))
+    assert some.bytes == 2 * 4 + 2 * 4 + (OUT + 1) * 4  # two values, their columns, the offsets of the rows
+    assert Delta(torch.zeros(OUT, IN, dtype=torch.bfloat16)).bytes == OUT * IN * 2
+
+
 @given(seeds, ranks, tokens)
 @SETTINGS
 def test_a_fusion_is_the_weighted_sum_of_the_deltas(seed: int, sizes: list[int], count: int) -> None:
     """For adapters that scale one side: (fused - base) = sum of weight * (alone - base)."""
     rng = random(seed)
     values = [some_site(rng, rank) for rank in sizes]
-    values = [SiteValue(None, v.scale_out, v.lowrank, v.bias) for v in values]
+    values = [replace(v, scale_in=None) for v in values]
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
     weights = torch.randn(len(values), generator=rng)
     fused = run_site(x, weights.expand(count, -1), values, weight, torch.zeros(OUT))

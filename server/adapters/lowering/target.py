@@ -14,6 +14,7 @@ from torch import Tensor
 
 from server.errors import AdapterIncompatible
 from server.policy.reach import EVERYWHERE, Reach
+from server.primitives.delta import Delta
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import SiteShape, SiteValue
 
@@ -38,6 +39,14 @@ class Target:
             largest = tensor.abs().max().item()
             raise AdapterIncompatible(f"a value of {largest:.2g} is no finite number in {self.dtype}")
         return placed
+
+    def place_delta(self, delta: Delta) -> Delta:
+        """On the device: a dense one in its dtype, a sparse one in fp32."""
+        if delta.matrix_OI.layout != torch.sparse_csr:
+            return Delta(self.place(delta.matrix_OI))
+        if not delta.matrix_OI.values().isfinite().all():
+            raise AdapterIncompatible("a value of a sparse delta is no finite number in torch.float32")
+        return Delta(delta.matrix_OI.to(self.device))
 
 
 @dataclass(frozen=True, slots=True)
