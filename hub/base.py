@@ -95,6 +95,16 @@ class Modules:
     biased: frozenset[str] | None = None  # those with a bias; None where the description does not tell
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a base: its file, its name there, and what it is."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
 def embedded_bases() -> tuple[str, ...]:
     """The names of the bases that ship with the package."""
     if not EMBEDDED.is_dir():
@@ -203,6 +213,16 @@ def modules(folder: Path) -> Modules:
     return Modules(linears, frozenset(others), frozenset(biased))
 
 
+def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
+    """Where each tensor of a base lies, by the name that it has in the loaded causal LM. Raises: BaseUnusable."""
+    model_type = str(_config(folder).get("model_type"))
+    return {
+        _module_name(entry.name, model_type): StoredTensor(path, entry.name, entry.shape, entry.dtype)
+        for path in _weight_files(folder)
+        for entry in _header(path, folder)
+    }
+
+
 def conv1d_layers(model_type: str) -> frozenset[str]:
     """The last parts of the names of Linear layers that a network of this type stores as Conv1D."""
     return _CONV1D_LAYERS.get(model_type, frozenset())
@@ -211,7 +231,7 @@ def conv1d_layers(model_type: str) -> frozenset[str]:
 def _module_name(stored: str, model_type: str) -> str:
     """Checkpoints of the network without its head lack the prefix that the causal LM gives."""
     prefix = _PREFIX.get(model_type, "model.")
-    return stored if stored.startswith(prefix) or stored == "lm_head" else prefix + stored
+    return stored if stored.startswith(prefix) or stored.partition(".")[0] == "lm_head" else prefix + stored
 
 
 def _linear(shape: tuple[int, ...], *, conv1d: bool) -> Linear:
