@@ -15,12 +15,16 @@ from torch import Tensor
 from server.errors import AdapterIncompatible
 from server.primitives.delta import Delta
 from server.primitives.prefix import LayerShape, Prefix
-from server.primitives.site import SiteShape, SiteValue
+from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised."""
+    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
+
+    `sites` are its Linears, the output head among them. Norms and an embedding that the base does not compute as its
+    adapters need are missing here.
+    """
 
     sites: Mapping[str, SiteShape]
     layers: tuple[LayerShape, ...]
@@ -30,6 +34,8 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    norms: Mapping[str, NormShape] = field(default_factory=dict)
+    embedding: EmbeddingShape | None = None
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
