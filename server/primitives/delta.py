@@ -42,10 +42,11 @@ class Delta:
         return sum(part.nbytes for part in (D_OI.values(), D_OI.crow_indices(), D_OI.col_indices()))
 
     def whole(self, outputs: int) -> Tensor:
-        """D itself, dense: for the plain loop."""
+        """D itself, dense, of at least so many rows: for the plain loops."""
         D_OI = self.matrix_OI.to_dense()
         if self.rows_N is None:
             return D_OI
+        outputs = max(outputs, int(self.rows_N[-1]) + 1)
         return D_OI.new_zeros(outputs, D_OI.shape[1]).index_copy_(0, self.rows_N, D_OI)
 
 
