@@ -49,6 +49,7 @@ WHOLE = {
 DEFAULT_WHOLE = ("embed_tokens", ["input_layernorm", "model.norm"], "o_proj")
 CONV1D = ("gpt2",)
 TOKENS = [*range(120, 3, -2)]  # in no order that the vocabulary has
+INVOCATION = (7, 9)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Row:
     config: Any
     linear_only: bool = False  # PEFT cannot put it on a Conv1D
     cut: Callable[[PeftModel], None] | None = None
+
+    @property
+    def invoked(self) -> bool:
+        """The adapter sleeps until the prompt holds INVOCATION."""
+        return bool(getattr(self.config, "alora_invocation_tokens", None))
 
     @property
     def virtual(self) -> bool:
@@ -93,6 +99,17 @@ def rows(architecture: str) -> dict[str, Row]:
         ),
         "lora-bias": Row("lora", LoraConfig(r=3, lora_alpha=9, lora_bias=True, target_modules=[first], **lora)),
         "lora-all-biases": Row("lora", LoraConfig(r=3, lora_alpha=6, bias="all", target_modules=[first], **lora)),
+        "alora": Row(
+            "lora",
+            LoraConfig(
+                r=4,
+                lora_alpha=16,
+                alora_invocation_tokens=[*INVOCATION],
+                lora_bias=True,
+                target_modules=targets,
+                **lora,
+            ),
+        ),
         "dora": Row("lora", LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=targets, **lora)),
         "dora-rslora-own-biases": Row(
             "lora",

@@ -1,11 +1,11 @@
-"""LoRA with its options: rsLoRA, DoRA, ranks and alphas by pattern, biases.
+"""LoRA with its options: rsLoRA, DoRA, activated LoRA, ranks and alphas by pattern, biases.
 
 DoRA is m / ||W + s B A|| * (W + s B A), the norm over each row. The row's factor scales the base product and B; the
 base's bias stays as it is. The norm is that of the weight that this server really multiplies with.
 
 r rank, I in, O out.
 Source: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 (arXiv:2312.03732); Liu et al. 2024 (arXiv:2402.09353);
-peft 0.21.2, tuners/lora/layer.py and dora.py.
+Greenewald et al. 2025 (arXiv:2504.12397); peft 0.21.2, tuners/lora/layer.py and dora.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from server.adapters.lowering import embedding
 from server.adapters.lowering.linears import Change, Found, lower_linears, pattern_value
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
+from server.policy.reach import EVERYWHERE, FromLast
 
 
 def lower_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> Lowered:
@@ -39,6 +40,9 @@ def lower_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target:
         return _dora(A_rI, B_Or, magnitude_O=found.take("lora_magnitude_vector", found.outputs), weight=found.weight())
 
     lowered = lower_linears(config, rest, target, change=change)
+    invocation = config.get("alora_invocation_tokens")
+    if invocation:
+        lowered = replace(lowered, reach=FromLast(tuple(invocation)))
     return lowered if not own else _with_embedding(config, own, target, lowered=lowered)
 
 
@@ -53,6 +57,8 @@ def _with_embedding(
     assert target.embedding is not None
     name = target.embedding.name
     rank = int(pattern_value(config.get("rank_pattern"), name, config["r"]))
+    if lowered.reach != EVERYWHERE:
+        raise AdapterIncompatible(f"{name} is adapted, and PEFT has no activated LoRA on an embedding")
     if rank > target.max_rank:
         raise AdapterIncompatible(f"rank {rank} of {name} is above max_rank {target.max_rank}")
     lower_rows = embedding.lower_dora_rows if config.get("use_dora") else embedding.lower_rows

@@ -24,6 +24,7 @@ from server.adapters.lowering.trainable_tokens import lower_trainable_tokens
 from server.adapters.lowering.vera import lower_vera
 from server.adapters.lowering.whole import take_whole
 from server.errors import AdapterIncompatible
+from server.policy.reach import EVERYWHERE
 
 LOWERINGS: Mapping[str, Lowering] = {
     "lora": lower_lora,
@@ -51,6 +52,8 @@ def lower(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], t
         raise AdapterIncompatible(f"kind {kind} is not served; served are {', '.join(sorted(LOWERINGS))}")
     shared, own = take_whole(config, tensors, target)
     lowered = lowering(config, own, target)
+    if shared and lowered.reach != EVERYWHERE:
+        raise AdapterIncompatible(f"{min(shared)} is replaced at every token, the rest works at some tokens alone")
     twice = sorted(shared.keys() & lowered.sites.keys())
     if twice:
         raise AdapterIncompatible(f"{twice[0]} is adapted and replaced by one adapter")

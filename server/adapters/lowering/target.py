@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from server.errors import AdapterIncompatible
+from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.delta import Delta
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
@@ -48,19 +49,20 @@ class Target:
     def place_delta(self, delta: Delta) -> Delta:
         """On the device: a dense one in its dtype, a sparse one in fp32."""
         if delta.matrix_OI.layout != torch.sparse_csr:
-            return Delta(self.place(delta.matrix_OI))
+            return Delta(self.place(delta.matrix_OI), delta.rows_N)
         if not delta.matrix_OI.values().isfinite().all():
             raise AdapterIncompatible("a value of a sparse delta is no finite number in torch.float32")
-        return Delta(delta.matrix_OI.to(self.device))
+        return Delta(delta.matrix_OI.to(self.device), delta.rows_N)
 
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives, or a soft prompt that the base must still turn into a prefix."""
+    """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix."""
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
+    reach: Reach = EVERYWHERE
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]

@@ -72,15 +72,15 @@ def take_whole(
     return whole.values, whole.left
 
 
-def weight_delta(new_OI: Tensor, base_OI: Tensor, target: Target) -> Delta | None:
-    """The difference of two weights, without the rows that are the same once they are in the dtype of the base."""
+def weight_delta(new_OI: Tensor, base_OI: Tensor, target: Target, *, factor: float = 1.0) -> Delta | None:
+    """The difference of two weights, times `factor`, without the rows that are the same in the dtype of the base."""
     new_OI = new_OI.to(base_OI.device)
     rows_N = (new_OI.to(target.dtype) != base_OI.to(target.dtype)).any(1).nonzero().flatten()
     if not len(rows_N):
         return None
     if len(rows_N) == len(base_OI):
-        return Delta(target.place(new_OI - base_OI))
-    return Delta(target.place(new_OI[rows_N] - base_OI[rows_N]), rows_N.to(target.device))
+        return Delta(target.place((new_OI - base_OI) * factor))
+    return Delta(target.place((new_OI[rows_N] - base_OI[rows_N]) * factor), rows_N.to(target.device))
 
 
 def row_values(
@@ -148,10 +148,7 @@ def _saved(whole: Whole, module: str) -> SiteValue:
     if module not in target.sites:
         shape = whole.embedding()
         weight_VE = whole.take(module, "weight", shape.vocabulary, shape.features)
-        made = weight_delta(weight_VE, target.weight(module), target)
-        if made is not None:
-            made = Delta(target.place(made.matrix_OI * shape.factor), made.rows_N)
-        return SiteValue(delta=made)
+        return SiteValue(delta=weight_delta(weight_VE, target.weight(module), target, factor=shape.factor))
     site = target.sites[module]
     weight = target.weight(module)
     stored = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
