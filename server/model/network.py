@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from server.model.attention import AttentionPlan, Span
 from server.model.grafted import GraftedLinear
 from server.model.kv import KvCache
+from server.model.places import Places
 from server.model.weights import base_weight
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
@@ -39,6 +40,7 @@ class BaseFacts:
     name: str
     layers: tuple[LayerShape, ...]
     sites: Mapping[str, SiteShape]
+    places: frozenset[str]
     hidden_size: int
     vocab_size: int
     context: int
@@ -49,15 +51,17 @@ class BaseFacts:
 
 
 class Network:
-    def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active) -> None:
+    def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active, places: Places) -> None:
         self._stock = stock
         self._active = active
+        self._places = places
         self.facts = facts
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
         self._active.operands, self._active.gates = batch.operands, batch.gates
+        self._places.arm(batch.operands)
         out = self._stock(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],

@@ -5,6 +5,7 @@
 The low-rank delta reads the unscaled x and is not scaled itself, so every adapter's contribution is its own delta and a
 mixture is their weighted sum. The one case where that fails, one adapter scaling the input and another the output of
 the same Linear, is refused before it gets here (`server.primitives.graft`).
+A place on the residual stream is a Site, too, and has an edit instead (`server.model.places`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from server.primitives import bias, lowrank, scale
+from server.primitives import bias, edit, lowrank, scale
 from server.primitives.gates import Gates
 
 
@@ -29,16 +30,17 @@ class SiteShape:
 
 @dataclass(frozen=True, slots=True)
 class SiteValue:
-    """What one adapter does at one Linear."""
+    """What one adapter does at one Linear, or at one place on the residual stream."""
 
     scale_in: scale.Scale | None = None
     scale_out: scale.Scale | None = None
     lowrank: lowrank.LowRank | None = None
     bias: bias.Bias | None = None
+    edit: edit.Edit | None = None
 
     @property
     def bytes(self) -> int:
-        parts = (self.scale_in, self.scale_out, self.lowrank, self.bias)
+        parts = (self.scale_in, self.scale_out, self.lowrank, self.bias, self.edit)
         return sum(part.bytes for part in parts if part is not None)
 
 
@@ -50,6 +52,7 @@ class SiteOperand:
     scale_out: scale.ScaleOperand | None
     lowrank: lowrank.LowRankOperand | None
     bias: bias.BiasOperand | None
+    edit: edit.EditOperand | None
 
 
 @dataclass(slots=True)
@@ -66,11 +69,13 @@ def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
     outs = [(column, value.scale_out) for column, value in values if value.scale_out is not None]
     lows = [(column, value.lowrank) for column, value in values if value.lowrank is not None]
     biases = [(column, value.bias) for column, value in values if value.bias is not None]
+    edits = [(column, value.edit) for column, value in values if value.edit is not None]
     return SiteOperand(
         scale.pack(ins) if ins else None,
         scale.pack(outs) if outs else None,
         lowrank.pack(lows) if lows else None,
         bias.pack(biases) if biases else None,
+        edit.pack(edits) if edits else None,
     )
 
 

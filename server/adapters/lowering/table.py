@@ -9,6 +9,7 @@ from torch import Tensor
 
 from server.adapters.lowering.adalora import lower_adalora
 from server.adapters.lowering.beft import lower_beft
+from server.adapters.lowering.bottleneck import lower_bottleneck
 from server.adapters.lowering.delora import lower_delora
 from server.adapters.lowering.hra import lower_hra
 from server.adapters.lowering.ia3 import lower_ia3
@@ -33,6 +34,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "prefix": lower_prefix,
     "prompt": lower_soft_prompt,
     "p-tuning": lower_soft_prompt,
+    "bottleneck": lower_bottleneck,
 }
 
 

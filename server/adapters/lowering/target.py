@@ -19,7 +19,10 @@ from server.primitives.site import SiteShape, SiteValue
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised."""
+    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
+
+    `places` are those on the residual stream that this base was seen to have.
+    """
 
     sites: Mapping[str, SiteShape]
     layers: tuple[LayerShape, ...]
@@ -29,6 +32,7 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    places: frozenset[str] = frozenset()
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
@@ -41,7 +45,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives, or a soft prompt that the base must still turn into a prefix."""
+    """Primitives, or a soft prompt that the base must still turn into a prefix; `sites` holds edits by their place."""
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
