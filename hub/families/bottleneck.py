@@ -64,9 +64,9 @@ FIELDS: Mapping[str, Field] = {
 
 def size_of(config: Config, layer: int) -> int:
     """The width of the bottlenecks of a layer."""
-    sizes = config.get("layer_sizes") or {}
-    size: int = sizes.get(str(layer), config["bottleneck_size"])
-    return size
+    sizes: Mapping[str, int] = config.get("layer_sizes") or {}
+    usual: int = config["bottleneck_size"]
+    return sizes.get(str(layer), usual)
 
 
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
