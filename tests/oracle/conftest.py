@@ -20,13 +20,15 @@ from server.adapters.bank import Bank
 from server.adapters.lowering.table import lower
 from server.adapters.lowering.target import Target
 from server.config import ModelConfig
+from server.engine.loop import ProbeLease, course_of
 from server.engine.pack import block_rows, pack_step
 from server.model.load import load_network
 from server.model.network import Network
 from server.policy.blocks import BlockPool
 from server.policy.schedule import Scheduler
 from server.policy.schedule import Sequence as Scheduled
-from server.primitives.graft import Graft
+from server.primitives.graft import Graft, combined, prefixed
+from server.primitives.prefix import Prefix
 from tests.oracle.kinds import Row, make_adapter, rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -152,7 +154,18 @@ class Bench:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)
-        return Graft(digest or str(folder), folder.name, lowered.sites, prefix)
+        return lowered.graft(digest or str(folder), folder.name, prefix)
+
+    def joined(self, mixture: Sequence[tuple[Graft, float]]) -> Prefix | None:
+        """What the adapter store does with several prefixes."""
+        prefix: Prefix | None = None
+        for graft in prefixed(mixture):
+            own = graft.prefix
+            if prefix is not None and graft.soft_prompt_VE is not None:
+                own = self.network.compile_prefix(graft.soft_prompt_VE, block_size=self.block_size, after=prefix)
+            assert own is not None
+            prefix = own if prefix is None else prefix.then(own)
+        return prefix
 
     def run(self, requests: Sequence[tuple[list[int], list[tuple[Graft, float]]]], new: int = 0) -> list[Tensor]:
         """All requests in one batch, `new` greedy tokens each: logits (positions, vocabulary) per request."""
@@ -160,20 +173,22 @@ class Bench:
         cache = self.network.new_cache(self.blocks, self.block_size)
         bank = Bank()
         scheduler = Scheduler(pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=64)
-        grafts: dict[int, list[tuple[Graft, float]]] = {}
+        grafts: dict[int, Sequence[tuple[Graft, float]]] = {}
         logits: dict[int, list[Tensor]] = {}
         for index, (ids, mixture) in enumerate(requests):
-            virtual = sum(graft.virtual_tokens for graft, weight in mixture if weight)
-            sequence = Scheduled(index, list(ids), len(ids), new, virtual=virtual, reuse=False)
+            lease = ProbeLease(combined(mixture))
+            sequence = Scheduled(
+                index, list(ids), len(ids), new, course_of(lease, ids), lease.virtual_tokens, reuse=False
+            )
             scheduler.add(sequence)
             self.sequences[index] = sequence
-            grafts[index], logits[index] = mixture, []
+            grafts[index], logits[index] = lease.grafts, []
         while scheduler.running or scheduler.waiting:
             step = scheduler.plan()
             assert step.chunks, "the scheduler stands still"
             cache.clear(step.fresh_blocks)
             for chunk in step.chunks:
-                prefix = next((g.prefix for g, w in grafts[chunk.sequence.id] if g.prefix and w), None)
+                prefix = self.joined(grafts[chunk.sequence.id]) if chunk.preload else None
                 if chunk.preload and prefix:
                     cache.load(
                         prefix, chunk.preload, block_rows(chunk.sequence.blocks, *chunk.preload, self.block_size)

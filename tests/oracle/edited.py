@@ -41,6 +41,17 @@ class Edited(nn.Module):
         self.stock = stock
         self.architecture = architecture
         self.seen: dict[str, Tensor] = {}
+        self.load(terms)
+        self.layers = next(
+            module
+            for name, module in stock.named_modules()
+            if isinstance(module, nn.ModuleList) and re.fullmatch(r".*\.(layers|h)", name)
+        )
+        for index, layer in enumerate(self.layers):
+            self._hook(index, layer)
+
+    def load(self, terms: list[tuple[Path, float]]) -> None:
+        """These adapters instead of those before."""
         self.terms = [
             (
                 json.loads((folder / "adapter_config.json").read_text()),
@@ -49,13 +60,6 @@ class Edited(nn.Module):
             )
             for folder, weight in terms
         ]
-        self.layers = next(
-            module
-            for name, module in stock.named_modules()
-            if isinstance(module, nn.ModuleList) and re.fullmatch(r".*\.(layers|h)", name)
-        )
-        for index, layer in enumerate(self.layers):
-            self._hook(index, layer)
 
     def forward(self, **kwargs: Any) -> Any:
         return self.stock(**kwargs)

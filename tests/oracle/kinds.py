@@ -28,7 +28,7 @@ from peft import (
     get_peft_model,
 )
 
-from tests.oracle.edited import Edited, edit_configs, write_edits
+from tests.oracle.edited import Edited, edit_configs, loreft_configs, write_edits
 
 if TYPE_CHECKING:
     from tests.oracle.conftest import TinyBase
@@ -42,6 +42,7 @@ ATTENTION_AND_MLP = {
 DEFAULT = (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "down_proj")
 BIASED_NORMS = ("phi", "gpt2")  # bias="all" would train those, too, which is refused
 CONV1D = ("gpt2",)
+INVOCATION = (7, 9)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Row:
     config: Any
     linear_only: bool = False  # PEFT cannot put it on a Conv1D
     cut: Callable[[PeftModel], None] | None = None
+
+    @property
+    def invoked(self) -> bool:
+        """The adapter sleeps until the prompt holds INVOCATION."""
+        return bool(getattr(self.config, "alora_invocation_tokens", None))
 
     @property
     def virtual(self) -> bool:
@@ -91,6 +97,17 @@ def rows(architecture: str) -> dict[str, Row]:
         ),
         "lora-bias": Row("lora", LoraConfig(r=3, lora_alpha=9, lora_bias=True, target_modules=[first], **lora)),
         "lora-all-biases": Row("lora", LoraConfig(r=3, lora_alpha=6, bias=every, target_modules=[first], **lora)),
+        "alora": Row(
+            "lora",
+            LoraConfig(
+                r=4,
+                lora_alpha=16,
+                alora_invocation_tokens=[*INVOCATION],
+                lora_bias=True,
+                target_modules=targets,
+                **lora,
+            ),
+        ),
         "dora": Row("lora", LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=targets, **lora)),
         "dora-rslora-own-biases": Row(
             "lora",
@@ -165,7 +182,8 @@ def rows(architecture: str) -> dict[str, Row]:
             ),
         ),
     }
-    made |= {name: Row(config["peft_type"].lower(), config) for name, config in edit_configs().items()}
+    edits = {**edit_configs(), **loreft_configs()}
+    made |= {name: Row(config["peft_type"].lower(), config) for name, config in edits.items()}
     return {name: row for name, row in made.items() if not (row.linear_only and architecture in CONV1D)}
 
 

@@ -15,6 +15,7 @@ from server.adapters.lowering.hra import lower_hra
 from server.adapters.lowering.ia3 import lower_ia3
 from server.adapters.lowering.loha import lower_loha
 from server.adapters.lowering.lora import lower_lora
+from server.adapters.lowering.loreft import lower_loreft
 from server.adapters.lowering.miss import lower_miss
 from server.adapters.lowering.prompts import lower_prefix, lower_soft_prompt
 from server.adapters.lowering.target import Lowered, Lowering, Target
@@ -35,6 +36,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "prompt": lower_soft_prompt,
     "p-tuning": lower_soft_prompt,
     "bottleneck": lower_bottleneck,
+    "loreft": lower_loreft,
 }
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from server.errors import AdapterIncompatible
+from server.policy.reach import EVERYWHERE, Reach
+from server.primitives.graft import Graft
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import SiteShape, SiteValue
 
@@ -45,11 +47,24 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives, or a soft prompt that the base must still turn into a prefix; `sites` holds edits by their place."""
+    """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix.
+
+    `sites` holds edits by their place. `beside` are parts of the same adapter that work at other tokens.
+    """
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
+    reach: Reach = EVERYWHERE
+    beside: tuple[Lowered, ...] = ()
+
+    def graft(self, digest: str, label: str, prefix: Prefix | None) -> Graft:
+        """The adapter whole; `prefix` is its own, or what the base made of its soft prompt."""
+        beside = tuple(
+            Graft(digest, label, other.sites, reach=other.reach, part=f"#{index}")
+            for index, other in enumerate(self.beside)
+        )
+        return Graft(digest, label, self.sites, prefix, self.soft_prompt_VE, self.reach, beside=beside)
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]
