@@ -191,7 +191,7 @@ def make_adapter(base: TinyBase, row: Row, folder: Path, seed: int) -> Any:
     """An adapter with random, visible weights, saved to `folder`; returned as it is loaded from there."""
     torch.manual_seed(seed)
     if row.edits:
-        stock = base.fresh()
+        stock: Any = base.fresh()
         write_edits(folder, row.config, layers=stock.config.num_hidden_layers, hidden=stock.config.hidden_size)
         return Edited(stock, base.architecture, [(folder, 1.0)]).eval()
     model = get_peft_model(base.fresh(), row.config)

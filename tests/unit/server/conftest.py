@@ -196,6 +196,7 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             config.max_rank,
             config.max_virtual,
             network.weight,
+            facts.places,
         )
         metrics = Metrics()
         source = Source(hub, describe_base(base, name=str(base)), default_alias=config.default_alias)
