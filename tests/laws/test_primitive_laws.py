@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.adapters.bank import Bank
-from server.primitives import bias, delta, gain, lowrank, scale
+from server.primitives import bias, delta, gain, lowrank, rotate, scale
 from server.primitives.bias import Bias
 from server.primitives.delta import Delta
 from server.primitives.gain import Gain
 from server.primitives.gates import Gates, gates_from_rows
 from server.primitives.graft import Graft
 from server.primitives.lowrank import LowRank
+from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
 from server.primitives.site import SiteValue, apply_embedding, apply_norm, apply_site, pack_site
 
@@ -50,7 +51,17 @@ def some_site(rng: torch.Generator, rank: int) -> SiteValue:
         lowrank=LowRank(normal(rank, IN), normal(OUT, rank)) if rank % 2 else None,
         bias=Bias(normal(OUT)) if rank % 4 else None,
         delta=some_delta(rng, rank) if rank > 2 else None,
+        rotate_in=some_rotate(rng, IN, rank) if rank in (2, 3) else None,
+        rotate_out=some_rotate(rng, OUT, rank) if rank > 3 else None,
     )
+
+
+def some_rotate(rng: torch.Generator, features: int, seed: int) -> Rotate:
+    """Blocks of any size that fits, or pairs half of everything apart."""
+    if seed % 4 == 0:
+        return Rotate(torch.randn(features // 2, 2, 2, generator=rng), stride=features // 2)
+    size = [size for size in range(1, features + 1) if features % size == 0][seed % 3]
+    return Rotate(torch.randn(features // size, size, size, generator=rng))
 
 
 def some_delta(rng: torch.Generator, seed: int) -> Delta:
@@ -80,7 +91,10 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
     scales = [(k, Scale(torch.randn(IN, generator=rng))) for k in range(len(sizes))]
     biases = [(k, Bias(torch.randn(OUT, generator=rng))) for k in range(len(sizes))]
     deltas = [(k, some_delta(rng, size)) for k, size in enumerate(sizes)]
+    turns = [(k, some_rotate(rng, OUT, size)) for k, size in enumerate(sizes)]
+    other_y = torch.randn(count, OUT, generator=rng)
     pairs = [
+        (rotate.apply(y, other_y, Gates(gates), rotate.pack(turns)), rotate.apply_loop(y, other_y, gates, turns)),
         (delta.apply(y, x, Gates(gates), delta.pack(deltas)), delta.apply_loop(y, x, gates, deltas)),
         (lowrank.apply(y, x, Gates(gates), lowrank.pack(lows)), lowrank.apply_loop(y, x, gates, lows)),
         (scale.apply(x, Gates(gates), scale.pack(scales)), scale.apply_loop(x, gates, scales)),
@@ -93,7 +107,7 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
 @given(seeds, ranks, tokens)
 @SETTINGS
 def test_a_site_equals_its_equation(seed: int, sizes: list[int], count: int) -> None:
-    """y = s_out * W (s_in * x) + sum g B A x + sum g D x + sum g b + base bias, by the plain loops."""
+    """y = T_out(W T_in(x)) + sum g B A x + sum g D x + sum g b + base bias, by the plain loops."""
     rng = random(seed)
     values = [some_site(rng, rank) for rank in sizes]
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
@@ -103,7 +117,10 @@ def test_a_site_equals_its_equation(seed: int, sizes: list[int], count: int) -> 
     outs = [(k, v.scale_out) for k, v in enumerate(values) if v.scale_out]
     lows = [(k, v.lowrank) for k, v in enumerate(values) if v.lowrank]
     biases = [(k, v.bias) for k, v in enumerate(values) if v.bias]
-    y = scale.apply_loop(F.linear(scale.apply_loop(x, gates, ins), weight), gates, outs)
+    turns_in = [(k, v.rotate_in) for k, v in enumerate(values) if v.rotate_in]
+    turns_out = [(k, v.rotate_out) for k, v in enumerate(values) if v.rotate_out]
+    y = F.linear(rotate.apply_loop(scale.apply_loop(x, gates, ins), x, gates, turns_in), weight)
+    y = rotate.apply_loop(scale.apply_loop(y, gates, outs), y, gates, turns_out)
     deltas = [(k, v.delta) for k, v in enumerate(values) if v.delta]
     y = delta.apply_loop(lowrank.apply_loop(y, x, gates, lows), x, gates, deltas)
     y = bias.apply_loop(y, gates, biases) + base_bias
@@ -147,7 +164,8 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(seed: int, sizes: lis
     rng = random(seed)
     values = [replace(some_site(rng, rank), delta=None) for rank in sizes]
     huge = LowRank(torch.full((2, IN), 3e38), torch.full((OUT, 2), 3e38))
-    values.append(SiteValue(lowrank=huge, delta=Delta(torch.full((OUT, IN), 3e38))))
+    turns = Rotate(torch.full((IN, 1, 1), 3e38)), Rotate(torch.full((2, 5, 5), 3e38))
+    values.append(SiteValue(None, None, huge, None, Delta(torch.full((OUT, IN), 3e38)), *turns))
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
     gates = some_gates(rng, count, len(values))
     gates[0, -1] = 0
@@ -170,6 +188,7 @@ def test_a_token_with_a_whole_delta_does_not_see_what_its_neighbours_carry(
     values = [SiteValue(delta=some_delta(rng, size)) for size in sizes]
     values += [SiteValue(delta=Delta(torch.full((OUT, IN), 3e38))), SiteValue(delta=infinite_sparse())]
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
+    x[1:] = x[1:].abs() + 2  # of one sign, so that no sum of them stays finite by chance
     gates = some_gates(rng, count, len(values))
     gates[0, -2:] = 0
     gates[1:] = 0
@@ -193,11 +212,25 @@ def test_a_delta_costs_the_bytes_that_it_takes() -> None:
 
 @given(seeds, ranks, tokens)
 @SETTINGS
+def test_blocks_of_one_are_a_scale(seed: int, sizes: list[int], count: int) -> None:
+    rng = random(seed)
+    gates, x = some_gates(rng, count, len(sizes)), torch.randn(count, IN, generator=rng)
+    scales = [(k, Scale(torch.randn(IN, generator=rng))) for k in range(len(sizes))]
+    turns = [(k, Rotate(value.excess_F[:, None, None])) for k, value in scales]
+    turned = rotate.apply(x, x, Gates(gates), rotate.pack(turns))
+    torch.testing.assert_close(turned, scale.apply(x, Gates(gates), scale.pack(scales)), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@given(seeds, ranks, tokens)
+@SETTINGS
 def test_a_fusion_is_the_weighted_sum_of_the_deltas(seed: int, sizes: list[int], count: int) -> None:
-    """For adapters that scale one side: (fused - base) = sum of weight * (alone - base)."""
+    """For adapters that transform one side: (fused - base) = sum of weight * (alone - base)."""
     rng = random(seed)
     values = [some_site(rng, rank) for rank in sizes]
-    values = [replace(v, scale_in=None) for v in values]
+    if seed % 2:
+        values = [replace(v, scale_in=None, rotate_in=None) for v in values]
+    else:
+        values = [replace(v, scale_out=None, rotate_out=None) for v in values]
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
     weights = torch.randn(len(values), generator=rng)
     fused = run_site(x, weights.expand(count, -1), values, weight, torch.zeros(OUT))

@@ -38,6 +38,12 @@ ATTENTION_AND_MLP = {
     "phi": (["q_proj", "v_proj", "fc1", "fc2"], "fc2"),
     "phi3": (["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "down_proj"),
     "gpt2": (["c_attn", "c_proj", "c_fc"], "mlp.c_proj"),
+    "gpt_neox": (["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], "dense_4h_to_h"),
+    "opt": (["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "fc2"),
+    "starcoder2": (["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"], "c_proj"),
+    "mixtral": (["q_proj", "k_proj", "v_proj", "o_proj"], "o_proj"),
+    "qwen3_moe": (["q_proj", "k_proj", "v_proj", "o_proj"], "o_proj"),
+    "gpt_oss": (["q_proj", "k_proj", "v_proj", "o_proj"], "o_proj"),
 }
 DEFAULT = (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "down_proj")
 # The embedding, two kinds of norms, and a Linear that no other row adapts.
