@@ -99,7 +99,7 @@ def fuse_command(
     metrics = fused.metrics
     typer.echo(f"relative error against the exact sum of the deltas: {metrics['relative_error']:.3g}{worst(metrics)}")
     if method.value not in (*EXACT, FuseMethod.SVD):
-        typer.echo(f"of which the rank alone takes {metrics['rank_error']:.3g}")
+        typer.echo(f"against the merge itself, which the rank cuts: {metrics['rank_error']:.3g}")
     typer.echo(f"{pushed.name}@{pushed.version} {pushed.digest}")
 
 
@@ -142,7 +142,8 @@ def extract_command(
         from trainer.export import publish
         from trainer.extract import Plan, extract, told_of
 
-        with scratch(beside=out) as work:
+        place = out if out is not None else Path(str(push).replace("/", "-"))
+        with scratch(beside=place) as work:
             folder = work / "adapter"
             folder.mkdir()
             plan = Plan(rank, energy, max_rank)
@@ -152,9 +153,9 @@ def extract_command(
                 try:
                     pushed = hub.push(folder, str(push), aliases=tuple(alias or ()), note=note, base=made.base_folder)
                 except HubError:
-                    if out is not None:
-                        publish(folder, out)
-                        typer.echo(f"the extracted adapter stays in {out}", err=True)
+                    if not place.exists():
+                        publish(folder, place)
+                        typer.echo(f"the extracted adapter stays in {place}", err=True)
                     raise
             if out is not None:
                 publish(folder, out)
@@ -215,7 +216,7 @@ def pushed_json(pushed: Pushed) -> dict[str, Any]:
 
 
 @contextmanager
-def scratch(beside: Path | None = None) -> Iterator[Path]:
+def scratch(*, beside: Path | None = None) -> Iterator[Path]:
     """A folder that is gone afterwards; on the disk of the folder that it becomes."""
     parent = None if beside is None else beside.absolute().parent
     if parent is not None:
