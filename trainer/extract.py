@@ -42,7 +42,7 @@ from trainer.progress import SILENT, Counter, counted
 
 RECORD: Final = "extract"
 HEAD: Final = "lm_head.weight"
-EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight")
+EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 

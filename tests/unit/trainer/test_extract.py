@@ -49,13 +49,13 @@ def low_rank(*leaves: str) -> Callable[[str, nn.Parameter], None]:
     def change(name: str, parameter: nn.Parameter) -> None:
         if name.endswith(tuple(f"{leaf}.weight" for leaf in leaves)):
             rows, columns = parameter.shape
-            parameter += 0.1 * torch.randn(rows, RANK) @ torch.randn(RANK, columns)
+            parameter.data += 0.1 * torch.randn(rows, RANK) @ torch.randn(RANK, columns)
 
     return change
 
 
 def everywhere(name: str, parameter: nn.Parameter) -> None:
-    parameter += 0.02 * torch.randn_like(parameter)
+    parameter.data += 0.02 * torch.randn_like(parameter)
 
 
 def run(base: Path, tuned: Path, out: Path, plan: Plan, *, strict: bool = False) -> Extracted:
@@ -115,7 +115,7 @@ def test_what_differs_outside_the_linears_is_named_and_measured(tiny_base: Path,
     def change(name: str, parameter: nn.Parameter) -> None:
         low_rank("q_proj")(name, parameter)
         if "norm" in name or "embed" in name:
-            parameter *= 1.25
+            parameter.data *= 1.25
 
     tuned = tune(tiny_base, tmp_path / "tuned", change)
     made = run(tiny_base, tuned, tmp_path / "out", Plan(rank=RANK, energy=None, max_rank=256))
@@ -125,9 +125,7 @@ def test_what_differs_outside_the_linears_is_named_and_measured(tiny_base: Path,
     assert all(one["relative_change"] == pytest.approx(0.25, rel=1e-5) for one in left_out.values())
     assert made.metrics["relative_error"] < ROUNDING < 0.1 < made.metrics["whole_relative_error"]
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["left_out"] == left_out
-    with pytest.raises(
-        ExtractionRefused, match=r"outside its Linears .* differs in 6 tensors: .*norm.weight .by 0.25 of its norm"
-    ):
+    with pytest.raises(ExtractionRefused, match=r"differs in 6 tensors: .*norm.weight .by 0.25 of its norm"):
         run(tiny_base, tuned, tmp_path / "strict", Plan(rank=RANK, energy=None, max_rank=256), strict=True)
 
 
