@@ -5,6 +5,8 @@
 The low-rank delta reads the unscaled x and is not scaled itself, so every adapter's contribution is its own delta and a
 mixture is their weighted sum. The one case where that fails, one adapter scaling the input and another the output of
 the same Linear, is refused before it gets here (`server.primitives.graft`).
+The weight of a router is a Site, too; so is the fused weight of a layer's experts, where there are low-rank terms alone
+and the rows are pairs of a token and an expert (`server.primitives.experts`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from server.primitives import bias, lowrank, scale
+from server.primitives import bias, experts, lowrank, scale
 from server.primitives.gates import Gates
 
 
@@ -35,10 +37,11 @@ class SiteValue:
     scale_out: scale.Scale | None = None
     lowrank: lowrank.LowRank | None = None
     bias: bias.Bias | None = None
+    experts: experts.ExpertsLowRank | None = None
 
     @property
     def bytes(self) -> int:
-        parts = (self.scale_in, self.scale_out, self.lowrank, self.bias)
+        parts = (self.scale_in, self.scale_out, self.lowrank, self.bias, self.experts)
         return sum(part.bytes for part in parts if part is not None)
 
 
@@ -50,6 +53,7 @@ class SiteOperand:
     scale_out: scale.ScaleOperand | None
     lowrank: lowrank.LowRankOperand | None
     bias: bias.BiasOperand | None
+    experts: experts.ExpertsOperand | None
 
 
 @dataclass(slots=True)
@@ -66,11 +70,13 @@ def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
     outs = [(column, value.scale_out) for column, value in values if value.scale_out is not None]
     lows = [(column, value.lowrank) for column, value in values if value.lowrank is not None]
     biases = [(column, value.bias) for column, value in values if value.bias is not None]
+    fused = [(column, value.experts) for column, value in values if value.experts is not None]
     return SiteOperand(
         scale.pack(ins) if ins else None,
         scale.pack(outs) if outs else None,
         lowrank.pack(lows) if lows else None,
         bias.pack(biases) if biases else None,
+        experts.pack(fused) if fused else None,
     )
 
 

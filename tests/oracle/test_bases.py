@@ -19,7 +19,7 @@ from server.config import ModelConfig
 from server.errors import StartupRefused
 from server.model.load import load_network
 from tests.oracle.conftest import ARCHITECTURES, MORE_BASES, SMALL, Bench, TinyBase
-from tests.oracle.kinds import ATTENTION_AND_MLP, COMMON, CONV1D, DEFAULT, Row, make_adapter
+from tests.oracle.kinds import ATTENTION_AND_MLP, COMMON, CONV1D, DEFAULT, ROUTERS, Row, make_adapter, mixture_rows
 from tests.oracle.test_kinds_against_peft import NEW_TOKENS, TOLERANCE, _greedy, _logits, prompt
 
 BASES = (*ARCHITECTURES, *MORE_BASES)
@@ -75,7 +75,7 @@ def test_sizes_that_a_config_leaves_out_are_those_that_transformers_takes(archit
     options = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
     options |= {"num_attention_heads": 32, "hidden_size": 256, "num_hidden_layers": 1}
     options |= (
-        dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), 1) if _mixes(architecture) else {}
+        dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), 1) if architecture in ROUTERS else {}
     )
     if architecture in ("gpt2",):
         options = {"vocab_size": 128, "n_layer": 1, "n_head": 32, "n_embd": 256}
@@ -145,6 +145,7 @@ def _rows(architecture: str) -> dict[str, Row]:
         "lora": Row("lora", LoraConfig(r=4, lora_alpha=16, target_modules=targets, **options)),
         "ia3": Row("ia3", ia3),
         "prefix": Row("prefix", PrefixTuningConfig(num_virtual_tokens=5, **COMMON)),
+        **(mixture_rows(architecture, targets[0]) if architecture in ROUTERS else {}),
     }
 
 
@@ -153,7 +154,3 @@ def _sizes(linear: nn.Module) -> Linear:
         return Linear(linear.weight.shape[0], linear.weight.shape[1])
     assert isinstance(linear, nn.Linear)
     return Linear(linear.in_features, linear.out_features)
-
-
-def _mixes(architecture: str) -> bool:
-    return architecture in ("mixtral", "qwen3_moe", "gpt_oss")

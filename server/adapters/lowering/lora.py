@@ -1,4 +1,4 @@
-"""LoRA with its options: rsLoRA, DoRA, ranks and alphas by pattern, biases.
+"""LoRA with its options: rsLoRA, DoRA, ranks and alphas by pattern, biases, the weights of routers and experts.
 
 DoRA is m / ||W + s B A|| * (W + s B A), the norm over each row. The row's factor scales the base product and B; the
 base's bias stays as it is. The norm is that of the weight that this server really multiplies with.
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from server.adapters.lowering.linears import Change, Found, lower_linears, pattern_value
+from server.adapters.lowering.parameters import lower_parameters
 from server.adapters.lowering.target import Lowered, Target
 
 
@@ -35,7 +37,9 @@ def lower_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target:
             return Change(A_rI, B_Or, bias_O=bias_O)
         return _dora(A_rI, B_Or, magnitude_O=found.take("lora_magnitude_vector", found.outputs), weight=found.weight())
 
-    return lower_linears(config, tensors, target, change=change)
+    parameters, tensors = lower_parameters(config, tensors, target)
+    lowered = lower_linears(config, tensors, target, change=change)
+    return replace(lowered, sites={**lowered.sites, **parameters})
 
 
 def _dora(A_rI: Tensor, B_Or: Tensor, *, magnitude_O: Tensor, weight: Tensor) -> Change:

@@ -13,13 +13,17 @@ import torch
 from torch import Tensor
 
 from server.errors import AdapterIncompatible
+from server.primitives.experts import ParameterShape
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import SiteShape, SiteValue
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised."""
+    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
+
+    `parameters` are the weights of routers and experts by their full names, those of one module in its own order.
+    """
 
     sites: Mapping[str, SiteShape]
     layers: tuple[LayerShape, ...]
@@ -29,6 +33,7 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    parameters: Mapping[str, ParameterShape] = field(default_factory=dict)
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
