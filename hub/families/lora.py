@@ -1,4 +1,4 @@
-"""LoRA and its options: rsLoRA, DoRA, ranks and alphas by pattern, biases.
+"""LoRA and its options: rsLoRA, DoRA, ranks and alphas by pattern, biases, the weights of routers and experts.
 
 Source: peft 0.21.2, tuners/lora/config.py and layer.py.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from hub import fields
 from hub.base import Base, Linear, Modules
+from hub.families import parameters
 from hub.families.linears import TARGETS, Part, bias_field, linear_layout, pattern_rank, pattern_ranks
 from hub.families.method import INERT, Complaint, Config, Field, Layout, Method
 
@@ -44,6 +45,7 @@ SHARED: Mapping[str, Field] = {
 
 FIELDS: Mapping[str, Field] = {
     **SHARED,
+    **parameters.FIELDS,
     "r": Field(fields.positive, shapes_tensors=True),
     "lora_alpha": Field(fields.number),
     "use_rslora": Field(fields.boolean),
@@ -68,10 +70,15 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
 
 
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part)
+    layout = linear_layout(config, base, modules, part=_part) if config.get("target_modules") else Layout({})
+    return parameters.with_parameters(layout, config, base, modules)
 
 
 def _contradictions(config: Config) -> list[Complaint]:
+    return [*_beside_dora(config), *parameters.parameter_contradictions(config)]
+
+
+def _beside_dora(config: Config) -> list[Complaint]:
     if config.get("use_dora") is not True:
         return []
     without = {"lora_bias": True, "init_lora_weights": "mica"}

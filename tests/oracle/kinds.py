@@ -180,6 +180,7 @@ def mixture_rows(architecture: str, linear: str) -> dict[str, Row]:
         "lora-experts": row(target_parameters=["experts.gate_up_proj", "mlp.experts.down_proj"], lora_alpha=9),
         "lora-gate-up": row(target_parameters=["experts.gate_up_proj"], r=2, use_rslora=True),
         "lora-down-one-layer": row(target_parameters=["model.layers.1.mlp.experts.down_proj"], lora_alpha=15),
+        "lora-all-linear": row(target_modules="all-linear", r=2),  # for PEFT, those of before transformers 5
         "lora-router": row(target_parameters=[ROUTERS[architecture]], r=2, lora_alpha=8),
         "lora-mixture-patterns": row(
             target_modules=[linear],

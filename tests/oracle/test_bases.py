@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from hub.base import Linear, describe_base, modules
+from hub.validate import validate
 from server.config import ModelConfig
 from server.errors import StartupRefused
 from server.model.load import load_network
@@ -37,6 +38,7 @@ def test_a_base_and_adapters_of_each_sort_in_one_batch_equal_peft_alone(
     references = [plain, plain]
     for seed, (name, row) in enumerate(_rows(architecture).items()):
         references.append(make_adapter(base, row, tmp_path / name, seed))
+        assert validate(tmp_path / name, base=base.folder).kind == row.kind
         requests.append((prompt(seed, 9 + 4 * seed), [(rig.graft(tmp_path / name, row.kind), 1.0)]))
     got = rig.run(requests, new=NEW_TOKENS)
     assert rig.mixed_steps > NEW_TOKENS - 2, "the requests did not share steps"
