@@ -22,6 +22,7 @@ from server.model.load import load_network
 from tests.oracle.conftest import ARCHITECTURES, MORE_BASES, SMALL, Bench, TinyBase
 from tests.oracle.kinds import ATTENTION_AND_MLP, COMMON, CONV1D, DEFAULT, ROUTERS, Row, make_adapter, mixture_rows
 from tests.oracle.test_kinds_against_peft import NEW_TOKENS, TOLERANCE, _greedy, _logits, prompt
+from trainer.base import read_anatomy
 
 BASES = (*ARCHITECTURES, *MORE_BASES)
 
@@ -66,7 +67,17 @@ def test_what_the_hub_says_of_a_base_is_what_is_loaded(
     weighted = {name for name, held in own.items() if held and held.keys() != {"sinks"}}
     assert told.linears.keys() | told.others == weighted
     assert set(told.biased or ()) == {name for name, held in own.items() if any(part.endswith("bias") for part in held)}
+    anatomy = read_anatomy(loaded, base.folder, None)
+    assert {*anatomy.linears, anatomy.head} == linears.keys()
     described = describe_base(base.folder)
+    assert (anatomy.heads, anatomy.kv_heads, anatomy.head_dim) == (
+        described.heads,
+        described.kv_heads,
+        described.head_dim,
+    )
+    hub_says = [(name, (one.experts, one.inputs, one.outputs)) for name, one in told.parameters.items()]
+    grafted = [(name, (one.experts, one.in_features, one.out_features)) for name, one in facts.parameters.items()]
+    assert sorted(hub_says, key=_module) == sorted(grafted, key=_module), "the order within a module counts"
     assert {(layer.kv_heads, layer.head_dim) for layer in facts.layers} == {(described.kv_heads, described.head_dim)}
     assert (described.layers, described.hidden_size) == (len(facts.layers), facts.hidden_size)
 
@@ -156,3 +167,7 @@ def _sizes(linear: nn.Module) -> Linear:
         return Linear(linear.weight.shape[0], linear.weight.shape[1])
     assert isinstance(linear, nn.Linear)
     return Linear(linear.in_features, linear.out_features)
+
+
+def _module(named: tuple[str, object]) -> str:
+    return named[0].rpartition(".")[0]
