@@ -126,6 +126,7 @@ class Bench:
     block_size: int = 4
     max_batch_tokens: int = 24
     blocks: int = 256
+    max_delta_error: float = 0.0  # so a change of full rank is served at full rank, which these bases allow
     steps: int = 0
     mixed_steps: int = 0
     sequences: dict[int, Scheduled] = field(default_factory=dict)
@@ -133,8 +134,9 @@ class Bench:
     def target(self) -> Target:
         facts = self.network.facts
         return Target(
-            facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, 64, 64, self.network.weight
-        )
+            facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, 64, 64, self.network.weight,
+            self.max_delta_error,
+        )  # fmt: skip
 
     def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:
         """What the adapter store does with a folder, without the hub."""

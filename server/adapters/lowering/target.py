@@ -20,7 +20,10 @@ from server.primitives.site import SiteShape, SiteValue
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised."""
+    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
+
+    `max_delta_error` is how far, of its norm, a change of full rank may be from the low-rank one that is served.
+    """
 
     sites: Mapping[str, SiteShape]
     layers: tuple[LayerShape, ...]
@@ -30,6 +33,7 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    max_delta_error: float = 0.0
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
@@ -50,11 +54,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives, or a soft prompt that the base must still turn into a prefix."""
+    """Primitives, or a soft prompt that the base must still turn into a prefix.
+
+    `approximation` is the largest error, at any Linear, of a kind that is not served exactly.
+    """
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
+    approximation: float | None = None
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]
