@@ -174,14 +174,16 @@ def rows(architecture: str) -> dict[str, Row]:
             ),
             linear_only=True,
         ),
-        "oft-two-terms": Row(
-            "oft",
-            OFTConfig(oft_block_size=2, num_cayley_neumann_terms=2, target_modules=[first], **COMMON),
-            linear_only=True,
-        ),
         "coft": Row(
             "oft",
-            OFTConfig(oft_block_size=16, coft=True, eps=0.4, target_modules=[first, second], **COMMON),
+            OFTConfig(
+                oft_block_size=16,
+                coft=True,
+                eps=0.4,
+                num_cayley_neumann_terms=2,
+                target_modules=[first, second],
+                **COMMON,
+            ),
             linear_only=True,
         ),
         "boft": Row(
@@ -200,9 +202,6 @@ def rows(architecture: str) -> dict[str, Row]:
             linear_only=True,
         ),
         "shira": Row("shira", ShiraConfig(r=2, target_modules=targets, **COMMON), linear_only=True),
-        "shira-seeded": Row(
-            "shira", ShiraConfig(r=5, random_seed=3, target_modules=[first], **COMMON), linear_only=True
-        ),
         "lokr": Row("lokr", LoKrConfig(r=3, alpha=6, target_modules=targets, **COMMON), linear_only=True),
         "lokr-both-decomposed": Row(
             "lokr",
@@ -241,8 +240,8 @@ def rows(architecture: str) -> dict[str, Row]:
             ),
             linear_only=True,
         ),
-        "hira": Row("hira", HiraConfig(r=4, target_modules=targets, **lora)),
-        "hira-patterns": Row("hira", HiraConfig(r=2, rank_pattern={first: 5}, target_modules=[first, second], **lora)),
+        # PEFT does not act on its rank_pattern.
+        "hira": Row("hira", HiraConfig(r=4, rank_pattern={first: 5}, target_modules=targets, **lora)),
         "prefix": Row("prefix", PrefixTuningConfig(num_virtual_tokens=5, **COMMON)),
         "prefix-projected": Row(
             "prefix", PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=16, **COMMON)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import combinations_with_replacement, permutations
+from itertools import combinations_with_replacement, product
 from random import Random
 from typing import Any
 
@@ -39,9 +39,12 @@ def test_every_pair_is_exactly_the_weighted_sum_of_the_deltas_or_refused(
     maps = {name: affine_maps(adapter.peft) for name, adapter in made.items()}
     grafts = {name: rig.graft(adapter.folder, adapter.row.kind) for name, adapter in made.items()}
     pairs, refused = [], []
-    # All three scale the same Linear's output, or add to it; and everything at once but what scales an input.
-    more = [("lora", "dora", "ia3-attention"), tuple(name for name in grafts if name != "ia3")]
-    for names in [*combinations_with_replacement(grafts, 2), *more]:
+    # All three scale the same Linear's output, or add to it; and everything at once that leaves the inputs alone, or
+    # the outputs.
+    inputs = {name for name, graft in grafts.items() if any(site.transforms_input for site in graft.sites.values())}
+    outputs = {name for name, graft in grafts.items() if any(site.transforms_output for site in graft.sites.values())}
+    more = [("lora", "dora", "ia3-attention"), tuple(grafts.keys() - inputs), tuple(grafts.keys() - outputs)]
+    for names in [*_every_pair_of_kinds(made), *more]:
         share = 2 / len(names)
         mixture = [(name, random.choice([-share, share]) * random.uniform(0.2, 0.9)) for name in dict.fromkeys(names)]
         terms = [(grafts[name], weight) for name, weight in mixture]
@@ -52,7 +55,7 @@ def test_every_pair_is_exactly_the_weighted_sum_of_the_deltas_or_refused(
             continue
         check_mixture(terms)
         pairs.append((mixture, terms))
-    assert len(refused) < len(pairs) / 4
+    assert len(refused) < len(pairs) / 3
     got = rig.run([(PROMPT, []), *((PROMPT, terms) for _, terms in pairs)])
     for (mixture, _), logits in zip(pairs, got[1:], strict=True):
         set_sum(summed, plain, [(maps[name], weight) for name, weight in mixture])
@@ -61,11 +64,20 @@ def test_every_pair_is_exactly_the_weighted_sum_of_the_deltas_or_refused(
         assert not torch.allclose(logits, got[0], atol=100 * TOLERANCE), f"{mixture} has no visible effect"
 
 
+def _every_pair_of_kinds(made: Mapping[str, Adapter]) -> list[tuple[str, str]]:
+    """Of each kind its first row with each other's, and every other row with itself and with its kind's first."""
+    first: dict[str, str] = {}
+    for name, adapter in made.items():
+        first.setdefault(adapter.row.kind, name)
+    others = [(name, first[adapter.row.kind]) for name, adapter in made.items() if name not in first.values()]
+    return [*combinations_with_replacement(first.values(), 2), *((name, name) for name, _ in others), *others]
+
+
 def _crosses(terms: list[tuple[Graft, float]]) -> bool:
-    """One scales the input, the other the output of the same Linear."""
+    """One transforms the input, another the output of the same Linear; or one transforms both, and not whole."""
     return any(
-        one.sites[name].scale_in and other.sites[name].scale_out
-        for (one, _), (other, _) in permutations(terms, 2)
+        one.sites[name].transforms_input and other.sites[name].transforms_output
+        for (one, _), (other, _) in product(terms, repeat=2)
         for name in one.sites.keys() & other.sites.keys()
     )
 
