@@ -44,11 +44,18 @@ ATTENTION_AND_MLP = {
     "phi": (["q_proj", "v_proj", "fc1", "fc2"], "fc2"),
     "phi3": (["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], "down_proj"),
     "gpt2": (["c_attn", "c_proj", "c_fc"], "mlp.c_proj"),
+    "gpt_neox": (["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], "dense_4h_to_h"),
+    "opt": (["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "fc2"),
+    "starcoder2": (["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"], "c_proj"),
+    "mixtral": (["q_proj", "k_proj", "v_proj", "o_proj"], "o_proj"),
+    "qwen3_moe": (["q_proj", "k_proj", "v_proj", "o_proj"], "o_proj"),
+    "gpt_oss": (["q_proj", "k_proj", "v_proj", "o_proj"], "o_proj"),
 }
 DEFAULT = (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "down_proj")
 BLOCKS_8 = {"boft_block_size": 0, "boft_block_num": 8}
 BIASED_NORMS = ("phi", "gpt2")  # bias="all" would train those, too, which is refused
 CONV1D = ("gpt2",)
+INVOCATION = (7, 9)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,11 @@ class Row:
     config: Any
     linear_only: bool = False  # PEFT cannot put it on a Conv1D
     cut: Callable[[PeftModel], None] | None = None
+
+    @property
+    def invoked(self) -> bool:
+        """The adapter sleeps until the prompt holds INVOCATION."""
+        return bool(getattr(self.config, "alora_invocation_tokens", None))
 
     @property
     def virtual(self) -> bool:
@@ -93,6 +105,17 @@ def rows(architecture: str) -> dict[str, Row]:
         ),
         "lora-bias": Row("lora", LoraConfig(r=3, lora_alpha=9, lora_bias=True, target_modules=[first], **lora)),
         "lora-all-biases": Row("lora", LoraConfig(r=3, lora_alpha=6, bias=every, target_modules=[first], **lora)),
+        "alora": Row(
+            "lora",
+            LoraConfig(
+                r=4,
+                lora_alpha=16,
+                alora_invocation_tokens=[*INVOCATION],
+                lora_bias=True,
+                target_modules=targets,
+                **lora,
+            ),
+        ),
         "dora": Row("lora", LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=targets, **lora)),
         "dora-rslora-own-biases": Row(
             "lora",

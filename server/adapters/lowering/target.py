@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from server.errors import AdapterIncompatible
+from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.delta import Delta
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import SiteShape, SiteValue
@@ -54,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives, or a soft prompt that the base must still turn into a prefix.
+    """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix.
 
     `approximation` is the largest error, at any Linear, of a kind that is not served exactly.
     """
@@ -62,6 +63,7 @@ class Lowered:
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
+    reach: Reach = EVERYWHERE
     approximation: float | None = None
 
 
