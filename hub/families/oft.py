@@ -38,10 +38,10 @@ FIELDS: Mapping[str, Field] = {
 def _block_size(config: Config, inputs: int) -> int:
     """By the size of the blocks, or by their count `r`: one of them is 0."""
     size: int = config["oft_block_size"]
-    return _fitting(inputs, size) if size else inputs // _fitting(inputs, config.get("r", 0) or 1)
+    return fitting(inputs, size) if size else inputs // fitting(inputs, config.get("r", 0) or 1)
 
 
-def _fitting(inputs: int, wanted: int) -> int:
+def fitting(inputs: int, wanted: int) -> int:
     """The divisor that is nearest, the smaller of two; all of it when more is wanted."""
     if wanted >= inputs:
         return inputs

@@ -33,7 +33,7 @@ def lower_oft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: 
         if config.get("coft"):
             Q_BSS = _constrained(Q_BSS, float(config.get("eps", 6e-5)))
         if config["use_cayley_neumann"]:
-            R_BSS = _neumann(Q_BSS, int(config.get("num_cayley_neumann_terms", 5)))
+            R_BSS = neumann(Q_BSS, int(config.get("num_cayley_neumann_terms", 5)))
         else:
             R_BSS = cayley(Q_BSS)
         # PEFT's x is a row: x' = x R.
@@ -62,7 +62,7 @@ def _constrained(Q_BSS: Tensor, eps: float) -> Tensor:
     return torch.where(lengths_B11 <= limit, Q_BSS, limit * (Q_BSS / lengths_B11))
 
 
-def _neumann(Q_BSS: Tensor, terms: int) -> Tensor:
+def neumann(Q_BSS: Tensor, terms: int) -> Tensor:
     """I + 2 Q + 2 Q^2 + ... + Q^last: with five terms last is 4, with four or three it is 3."""
     R_BSS = torch.eye(Q_BSS.shape[-1], dtype=Q_BSS.dtype).expand_as(Q_BSS)
     last = max(terms - 1, 3) if terms > 2 else terms - 1
@@ -75,10 +75,10 @@ def _neumann(Q_BSS: Tensor, terms: int) -> Tensor:
 
 def _block_size(config: Mapping[str, Any], inputs: int) -> int:
     size = int(config["oft_block_size"])
-    return _fitting(inputs, size) if size else inputs // _fitting(inputs, int(config["r"]))
+    return fitting(inputs, size) if size else inputs // fitting(inputs, int(config["r"]))
 
 
-def _fitting(inputs: int, wanted: int) -> int:
+def fitting(inputs: int, wanted: int) -> int:
     """PEFT's rule: the nearest divisor, the smaller of two; all of it when more is wanted."""
     divisors = [one for one in range(1, inputs + 1) if inputs % one == 0]
     return inputs if wanted >= inputs else min(divisors, key=lambda one: (abs(one - wanted), one))
