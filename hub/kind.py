@@ -8,5 +8,6 @@ Kind = Literal[
     "lora", "adalora", "vera", "loha", "hra", "miss", "delora", "ia3", "beft",
     "oft", "boft", "road", "shira", "sparse", "lokr", "fourierft", "c3a", "hira",
     "prefix", "prompt", "p-tuning",
+    "bottleneck", "loreft",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -10,6 +10,7 @@ from typing import Any
 from hub.families.adalora import ADALORA
 from hub.families.beft import BEFT
 from hub.families.boft import BOFT
+from hub.families.bottleneck import BOTTLENECK
 from hub.families.c3a import C3A
 from hub.families.delora import DELORA
 from hub.families.fourierft import FOURIERFT
@@ -19,6 +20,7 @@ from hub.families.ia3 import IA3
 from hub.families.loha import LOHA
 from hub.families.lokr import LOKR
 from hub.families.lora import LORA
+from hub.families.loreft import LOREFT
 from hub.families.method import Complaint, Config, Method
 from hub.families.miss import MISS
 from hub.families.oft import OFT
@@ -33,6 +35,7 @@ _ROWS = (
     LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT,
     OFT, BOFT, ROAD, SHIRA, SPARSE, LOKR, FOURIERFT, C3A, HIRA,
     PREFIX, PROMPT, P_TUNING,
+    BOTTLENECK, LOREFT,
 )  # fmt: skip
 METHODS: Mapping[str, Method] = {method.peft_type: method for method in _ROWS}
 

@@ -77,6 +77,9 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
         max_virtual=min(config.adapters.max_virtual, engine.max_model_len // 2),
         weight=network.weight,
         max_delta_error=config.adapters.max_delta_error,
+        norms=facts.norms,
+        embedding=facts.embedding,
+        places=facts.places,
     )
     source = Source(hub, base, default_alias=config.adapters.default_alias, allow=config.adapters.allow)
     adapters = AdapterStore(source, engine, target, config.adapters, metrics, quantized=facts.quantized)

@@ -15,7 +15,7 @@ from server.errors import AdapterIncompatible
 from server.primitives.graft import Graft
 from tests.oracle.conftest import Bench, TinyBase
 from tests.oracle.kinds import make_adapter, rows
-from tests.oracle.test_fusion import affine_maps
+from tests.oracle.test_fusion import ROOT, affine_maps
 
 LIMIT, TOO_STRICT, MAX_RANK = 0.8, 0.01, 10
 SAME = 1e-4  # of an error measured on fp32 matrices, one of which went through PEFT's layer
@@ -39,7 +39,8 @@ def test_the_error_that_is_told_is_that_of_what_is_served(
     peft = make_adapter(base, rows(architecture)[name], tmp_path, seed=1)
     rig.max_delta_error, rig.max_rank = LIMIT, MAX_RANK
     lowered = rig.lower(tmp_path, name)
-    plain, tuned = affine_maps(base.fresh()), affine_maps(peft)
+    plain = affine_maps(base.fresh(), lowered.sites)
+    tuned = affine_maps(peft, [ROOT + module for module in lowered.sites])
     errors = {}
     for module, site in lowered.sites.items():
         assert site.lowrank is not None

@@ -15,8 +15,9 @@ from torch import Tensor
 from server.errors import AdapterIncompatible
 from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.delta import Delta
+from server.primitives.graft import Graft
 from server.primitives.prefix import LayerShape, Prefix
-from server.primitives.site import SiteShape, SiteValue
+from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,9 @@ class Target:
     """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
 
     `max_delta_error` is how far, of its norm, a change of full rank may be from the low-rank one that is served.
+    `sites` are its Linears, the output head among them. Norms and an embedding that the base does not compute as its
+    adapters need are missing here.
+    `places` are those on the residual stream that this base was seen to have.
     """
 
     sites: Mapping[str, SiteShape]
@@ -34,6 +38,9 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    norms: Mapping[str, NormShape] = field(default_factory=dict)
+    embedding: EmbeddingShape | None = None
+    places: frozenset[str] = frozenset()
     max_delta_error: float = 0.0
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -47,10 +54,10 @@ class Target:
     def place_delta(self, delta: Delta) -> Delta:
         """On the device: a dense one in its dtype, a sparse one in fp32."""
         if delta.matrix_OI.layout != torch.sparse_csr:
-            return Delta(self.place(delta.matrix_OI))
+            return Delta(self.place(delta.matrix_OI), delta.rows_N)
         if not delta.matrix_OI.values().isfinite().all():
             raise AdapterIncompatible("a value of a sparse delta is no finite number in torch.float32")
-        return Delta(delta.matrix_OI.to(self.device))
+        return Delta(delta.matrix_OI.to(self.device), delta.rows_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +65,23 @@ class Lowered:
     """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix.
 
     `approximation` is the largest error, at any Linear, of a kind that is not served exactly.
+    `sites` holds edits by their place. `beside` are parts of the same adapter that work at other tokens.
     """
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
     reach: Reach = EVERYWHERE
+    beside: tuple[Lowered, ...] = ()
     approximation: float | None = None
+
+    def graft(self, digest: str, label: str, prefix: Prefix | None) -> Graft:
+        """The adapter whole; `prefix` is its own, or what the base made of its soft prompt."""
+        beside = tuple(
+            Graft(digest, label, other.sites, reach=other.reach, part=f"#{index}")
+            for index, other in enumerate(self.beside)
+        )
+        return Graft(digest, label, self.sites, prefix, self.soft_prompt_VE, self.reach, beside=beside)
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]

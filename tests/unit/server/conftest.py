@@ -214,6 +214,9 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             config.max_rank,
             config.max_virtual,
             network.weight,
+            facts.norms,
+            facts.embedding,
+            facts.places,
             config.max_delta_error,
         )
         metrics = Metrics()
