@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from itertools import combinations_with_replacement, product
+from itertools import combinations, combinations_with_replacement, product
 from random import Random
 from typing import Any
 
@@ -68,12 +68,17 @@ def test_every_pair_is_exactly_the_weighted_sum_of_the_deltas_or_refused(
 
 
 def _every_pair_of_kinds(made: Iterable[str]) -> list[tuple[str, str]]:
-    """What a row is called begins with its sort. Each sort's first row with each other's; others with their first."""
+    """A row's name begins with its sort: each sort's first row with each other's, and other rows with the first.
+
+    And those whose names end alike, for they adapt the same: the head, the embedding.
+    """
     first: dict[str, str] = {}
     for name in made:
         first.setdefault(name.partition("-")[0], name)
-    others = [(name, first[name.partition("-")[0]]) for name in made if name not in first.values()]
-    return [*combinations_with_replacement(first.values(), 2), *others]
+    others = [name for name in made if name not in first.values()]
+    alike = [(one, two) for one, two in combinations(others, 2) if one.split("-")[-1] == two.split("-")[-1]]
+    with_first = [(name, first[name.partition("-")[0]]) for name in others]
+    return [*combinations_with_replacement(first.values(), 2), *with_first, *alike]
 
 
 def _crosses(terms: list[tuple[Graft, float]]) -> bool:
