@@ -76,6 +76,7 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
         max_rank=config.adapters.max_rank,
         max_virtual=min(config.adapters.max_virtual, engine.max_model_len // 2),
         weight=network.weight,
+        max_delta_error=config.adapters.max_delta_error,
         norms=facts.norms,
         embedding=facts.embedding,
         places=facts.places,
