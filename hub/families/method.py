@@ -80,5 +80,5 @@ COMMON: Mapping[str, Field] = {
     "inference_mode": Field(fields.boolean),
     "task_type": Field(fields.one_of("CAUSAL_LM", None)),
     "auto_mapping": Field(fields.auto_mapping),
-    "modules_to_save": Field(fields.neutral(None, [], why="it replaces whole modules of the base")),
+    "modules_to_save": Field(fields.saved_names, shapes_tensors=True),
 }

@@ -16,6 +16,7 @@ PROMPT_TENSOR = "prompt_embeddings"
 
 _SHARED: Mapping[str, Field] = {
     **COMMON,
+    "modules_to_save": Field(fields.neutral(None, [], why="beside virtual tokens it replaces nothing")),
     "num_virtual_tokens": Field(fields.positive, shapes_tensors=True),
     "token_dim": Field(fields.optional_positive, shapes_tensors=True),
     "num_layers": Field(fields.optional_positive, shapes_tensors=True),

@@ -116,7 +116,7 @@ def _inside(module: Any) -> nn.Module:
     while True:
         wrapped = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
         if wrapped is None:
-            return module  # type: ignore[no-any-return]
+            return module
         module = wrapped
 
 

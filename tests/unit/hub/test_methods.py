@@ -27,8 +27,13 @@ def test_a_config_as_peft_writes_it_has_no_complaints() -> None:
         ("use_dora", 1, "true or false"),
         ("bias", "some", "served are none, all, lora_only"),
         ("bias", "vera_only", "served are none, all, lora_only"),
-        ("modules_to_save", ["lm_head"], "replaces whole modules"),
-        ("trainable_token_indices", [1], "embedding"),
+        ("modules_to_save", "lm_head", "must be a list of module names"),
+        ("modules_to_save", [""], "must be a list of module names"),
+        ("modules_to_save", ["x"] * 5000, "above the limit of 4096"),
+        ("trainable_token_indices", [-1], "must be a list of token ids"),
+        ("trainable_token_indices", [True], "must be a list of token ids"),
+        ("trainable_token_indices", {"embed_tokens": 3}, "must be a list of token ids"),
+        ("trainable_token_indices", {"a": [], "b": [], "c": []}, "one for the embedding and one for the head"),
         ("target_parameters", ["experts"], "bare parameters"),
         ("layer_replication", [[0, 1]], "changes the network"),
         ("alora_invocation_tokens", [-5], "token ids"),
@@ -127,10 +132,11 @@ def test_the_table_knows_every_key_that_this_peft_writes_and_its_defaults_pass()
         "LORA": peft.LoraConfig, "ADALORA": peft.AdaLoraConfig, "VERA": peft.VeraConfig, "LOHA": peft.LoHaConfig,
         "HRA": peft.HRAConfig, "MISS": peft.MissConfig, "DELORA": peft.DeloraConfig, "IA3": peft.IA3Config,
         "BEFT": peft.BeftConfig, "PREFIX_TUNING": peft.PrefixTuningConfig, "PROMPT_TUNING": peft.PromptTuningConfig,
-        "P_TUNING": peft.PromptEncoderConfig,
+        "P_TUNING": peft.PromptEncoderConfig, "LN_TUNING": peft.LNTuningConfig,
+        "TRAINABLE_TOKENS": peft.TrainableTokensConfig,
     }  # fmt: skip
     needed = {"target_modules": ["q_proj"], "feedforward_modules": [], "num_virtual_tokens": 4, "token_dim": 8}
-    assert classes.keys() == METHODS.keys()
+    assert classes.keys() | {"BITFIT"} == METHODS.keys(), "BitFit is ours"
     for peft_type, config_class in classes.items():
         demanded = {"total_step": 10} if peft_type == "ADALORA" else {}
         written = config_class(task_type="CAUSAL_LM", **demanded).to_dict()
