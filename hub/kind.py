@@ -5,7 +5,22 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Kind = Literal[
-    "lora", "adalora", "vera", "loha", "hra", "miss", "delora", "ia3", "beft", "bitfit", "ln-tuning",
-    "trainable-tokens", "prefix", "prompt", "p-tuning"
-]  # fmt: skip
+    "lora",
+    "adalora",
+    "vera",
+    "loha",
+    "hra",
+    "miss",
+    "delora",
+    "ia3",
+    "beft",
+    "bitfit",
+    "ln-tuning",
+    "trainable-tokens",
+    "prefix",
+    "prompt",
+    "p-tuning",
+    "bottleneck",
+    "loreft",
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -11,12 +11,14 @@ from hub.base import Base, Modules
 from hub.families.adalora import ADALORA
 from hub.families.beft import BEFT
 from hub.families.bitfit import BITFIT
+from hub.families.bottleneck import BOTTLENECK
 from hub.families.delora import DELORA
 from hub.families.hra import HRA
 from hub.families.ia3 import IA3
 from hub.families.ln_tuning import LN_TUNING
 from hub.families.loha import LOHA
 from hub.families.lora import LORA
+from hub.families.loreft import LOREFT
 from hub.families.method import Complaint, Config, Layout, Method
 from hub.families.miss import MISS
 from hub.families.prompts import P_TUNING, PREFIX, PROMPT
@@ -28,10 +30,25 @@ from hub.ref import printable
 METHODS: Mapping[str, Method] = {
     method.peft_type: method
     for method in (
-        LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT, BITFIT, LN_TUNING, TRAINABLE_TOKENS,
-        PREFIX, PROMPT, P_TUNING,
+        LORA,
+        ADALORA,
+        VERA,
+        LOHA,
+        HRA,
+        MISS,
+        DELORA,
+        IA3,
+        BEFT,
+        BITFIT,
+        LN_TUNING,
+        TRAINABLE_TOKENS,
+        PREFIX,
+        PROMPT,
+        P_TUNING,
+        BOTTLENECK,
+        LOREFT,
     )
-}  # fmt: skip
+}
 
 # Why a kind that people have is not in the table.
 _NOT_SERVED: Mapping[str, str] = {

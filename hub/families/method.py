@@ -72,6 +72,8 @@ class Method:
 
 INERT = Field(fields.anything)
 
+NOTHING_SAVED = Field(fields.neutral(None, [], why="this kind replaces no modules"))
+
 COMMON: Mapping[str, Field] = {
     "peft_type": INERT,
     "peft_version": Field(fields.optional_text),
