@@ -8,7 +8,7 @@ Law: the fingerprint depends on the shapes and the tokenizer only, not on where 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ _SNAPSHOT = re.compile(r"[0-9a-f]{40}")
 _EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "wpe", "embed_positions", "position_embeddings", "word_embeddings", "embed_in"}
 )
+_TABLES = ("embed_tokens", "wte", "word_embeddings", "embed_in")  # the last part of the name of a table of tokens
+HEAD = "lm_head"
 _QUANTISED_DTYPES = frozenset({"U8", "I32"})
 
 # GPT-2 stores Linear layers as Conv1D: the weight is (in, out), and checkpoints may lack the prefix.
@@ -97,9 +99,20 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """The table of tokens: its name and sizes, and whether the output head's weight is the same table."""
+
+    name: str
+    rows: int
+    features: int
+    tied: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Modules:
     """Every module of a base that has a weight, by the name that PEFT matches: Linear layers, and all others.
 
+    Among the others are the norms, with their sizes, and the embedding.
     `parameters` are the weights of routers and experts, which are among the others, by their full names.
     """
 
@@ -107,6 +120,8 @@ class Modules:
     others: frozenset[str]
     biased: frozenset[str] | None = None  # those with a bias; None where the description does not tell
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    norms: Mapping[str, int] = field(default_factory=dict)
+    embedding: Embedding | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +241,27 @@ def modules(folder: Path) -> Modules:
         if entry.dtype in _QUANTISED_DTYPES:
             raise BaseUnusable(f"{_shown(folder)}: {module} is stored quantised ({entry.dtype}); name the full base")
         linears[module] = _linear(entry.shape, conv1d=leaf in conv1d_layers(model_type))
-    if "lm_head" not in linears:  # tied to the embedding, so not stored again
-        linears["lm_head"] = Linear(_size(config, "hidden_size", folder), _size(config, "vocab_size", folder))
-    return Modules(linears, frozenset(others), frozenset(biased), mixture.parameters)
+    tied = config.get("tie_word_embeddings")
+    tied = tied if isinstance(tied, bool) else HEAD not in linears
+    if HEAD not in linears:  # tied to the embedding, so not stored again
+        linears[HEAD] = Linear(_size(config, "hidden_size", folder), _size(config, "vocab_size", folder))
+    weights = {name.removesuffix(".weight"): tensors[name].shape for name in tensors if name.endswith(".weight")}
+    return Modules(
+        linears,
+        frozenset(others),
+        frozenset(biased),
+        mixture.parameters,
+        {name: shape[0] for name, shape in weights.items() if name in others and len(shape) == 1},
+        _embedding(weights, others, tied=tied),
+    )
+
+
+def _embedding(weights: Mapping[str, tuple[int, ...]], others: Set[str], *, tied: bool) -> Embedding | None:
+    tables = [name for name in weights if name in others and name.rpartition(".")[2] in _TABLES]
+    if len(tables) != 1:
+        return None
+    rows, features = weights[tables[0]]
+    return Embedding(tables[0], rows, features, tied)
 
 
 def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:

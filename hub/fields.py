@@ -100,6 +100,31 @@ def optional_module_names(value: Any) -> str | None:
     return None if value is None or value == [] else module_names(value)
 
 
+def saved_names(value: Any) -> str | None:
+    """Modules that are saved whole: a list, for PEFT reads a text letter by letter."""
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        return f"must be a list of module names or null, not {shown(value)}"
+    return f"{len(value)} names are above the limit of {MAX_NAMES}" if len(value) > MAX_NAMES else None
+
+
+def token_rows(value: Any) -> str | None:
+    """Tokens whose rows are replaced: a list, or a list for each of several modules by name."""
+    listed = list(value.values()) if isinstance(value, dict) else [value]
+    if value is None or (len(listed) <= 2 and all(_is_tokens(item) for item in listed)):
+        return None
+    return f"must be a list of token ids, or one for the embedding and one for the head, not {shown(value)}"
+
+
+def token_list(value: Any) -> str | None:
+    return None if _is_tokens(value) else f"must be a list of token ids, not {shown(value)}"
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value)
+
+
 def feedforward_names(value: Any) -> str | None:
     """As `module_names`, but no module at all is allowed too."""
     return None if value == [] else module_names(value)

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 Kind = Literal[
     "lora", "adalora", "vera", "loha", "hra", "miss", "delora", "ia3", "beft",
+    "bitfit", "ln-tuning", "trainable-tokens",
     "oft", "boft", "road", "shira", "sparse", "lokr", "fourierft", "c3a", "hira",
     "prefix", "prompt", "p-tuning",
     "bottleneck", "loreft",

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hub.base import Base, Modules
 from hub.families.adalora import ADALORA
 from hub.families.beft import BEFT
+from hub.families.bitfit import BITFIT
 from hub.families.boft import BOFT
 from hub.families.bottleneck import BOTTLENECK
 from hub.families.c3a import C3A
@@ -17,22 +19,25 @@ from hub.families.fourierft import FOURIERFT
 from hub.families.hira import HIRA
 from hub.families.hra import HRA
 from hub.families.ia3 import IA3
+from hub.families.ln_tuning import LN_TUNING
 from hub.families.loha import LOHA
 from hub.families.lokr import LOKR
 from hub.families.lora import LORA
 from hub.families.loreft import LOREFT
-from hub.families.method import Complaint, Config, Method
+from hub.families.method import Complaint, Config, Layout, Method
 from hub.families.miss import MISS
 from hub.families.oft import OFT
 from hub.families.prompts import P_TUNING, PREFIX, PROMPT
 from hub.families.road import ROAD
 from hub.families.shira import SHIRA
 from hub.families.sparse import SPARSE
+from hub.families.trainable_tokens import TRAINABLE_TOKENS
 from hub.families.vera import VERA
+from hub.families.whole import with_whole
 from hub.ref import printable
 
 _ROWS = (
-    LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT,
+    LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT, BITFIT, LN_TUNING, TRAINABLE_TOKENS,
     OFT, BOFT, ROAD, SHIRA, SPARSE, LOKR, FOURIERFT, C3A, HIRA,
     PREFIX, PROMPT, P_TUNING,
     BOTTLENECK, LOREFT,
@@ -48,7 +53,7 @@ _NOT_SERVED: Mapping[str, str] = {
     "BONE": "PEFT has renamed it; save it as MISS",
 }
 
-_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules", "target_parameters"})
+_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,11 @@ def shapes_are_told(method: Method, config: Config) -> bool:
     return all(method.fields[key].check(config[key]) is None for key in read if key in config) and all(
         key in config for key in method.required if key in read
     )
+
+
+def layout_of(method: Method, config: Config, base: Base, modules: Modules) -> Layout:
+    """The tensors that a config demands on a base, for which `shapes_are_told`."""
+    return with_whole(config, base, modules, layout=method.layout(config, base, modules))
 
 
 def canonical_config(config: Config) -> dict[str, Any]:

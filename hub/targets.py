@@ -37,7 +37,7 @@ _MANY_LEAVES = 2000
 _REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", None))
 _REFUSED_OPS = (ops.GROUPREF, ops.GROUPREF_EXISTS, ops.ASSERT, ops.ASSERT_NOT)
 _ONE_CHARACTER = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
-_NAMED = ("target_modules", "exclude_modules", "feedforward_modules", "target_parameters")
+_NAMED = ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters")
 _NUMBERED = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
 # Where PEFT puts a pattern: at the end of a name, and before the number of a layer.
 _AT_THE_END = r"(.*\.)?({})$"
@@ -125,13 +125,13 @@ def dotted_pattern_value(patterns: Mapping[str, Value], module: str, default: Va
     return patterns.get(module, default)
 
 
-def target_complaints(config: Mapping[str, Any], modules: Modules) -> list[str]:
-    """What the config targets that this base does not have, or that is no Linear layer."""
+def target_complaints(config: Mapping[str, Any], modules: Modules, *, what: str = "Linear layer") -> list[str]:
+    """What the config targets that this base does not have, or that is none of its `linears`, which are `what`."""
     wanted = config["target_modules"]
     known = [*modules.linears, *modules.others]
     if isinstance(wanted, str):
         found = wanted.lower() == ALL_LINEAR or any(re.fullmatch(wanted, name) for name in modules.linears)
-        complaints = [] if found else [f"the pattern {printable(wanted)} fits no Linear layer of the base"]
+        complaints = [] if found else [f"the pattern {printable(wanted)} fits no {what} of the base"]
         hit = [name for name in modules.others if wanted.lower() != ALL_LINEAR and re.fullmatch(wanted, name)]
     else:
         missing = [name for name in wanted if not any(_ends_with_one_of(module, [name]) for module in known)]
@@ -140,9 +140,9 @@ def target_complaints(config: Mapping[str, Any], modules: Modules) -> list[str]:
         if len(missing) > SHOWN_PROBLEMS:
             complaints.append(f"{len(missing) - SHOWN_PROBLEMS} more target modules are not in the base")
         hit = [name for name in modules.others if targets({**config, "layers_to_transform": None}, name)]
-    complaints += [f"{name} is no Linear layer; only Linear layers are served" for name in sorted(hit)]
+    complaints += [f"{name} is no {what}; only a {what} is served" for name in sorted(hit)]
     if not complaints and not target_modules(config, modules):
-        complaints.append("no Linear layer of the base is left after exclusions and layers_to_transform")
+        complaints.append(f"no {what} of the base is left after exclusions and layers_to_transform")
     return complaints
 
 

@@ -39,6 +39,7 @@ from hub.methods import (
     Limits,
     canonical_config,
     config_complaints,
+    layout_of,
     method_of,
     shapes_are_told,
     virtual_tokens,
@@ -371,7 +372,7 @@ def _demand(
     if too_long is not None:
         findings.add(CONFIG_FILE, "target_modules", too_long)
         return _Demand(base, found)
-    layout = method.layout(config, base, found)
+    layout = layout_of(method, config, base, found)
     for key, reason in layout.complaints:
         findings.add(CONFIG_FILE, key, reason)
     return _Demand(base, found, layout)

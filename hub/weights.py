@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from hub.base import Base, Modules
+from hub.base import HEAD, Base, Modules
 from hub.digest import CHUNK_BYTES
 from hub.errors import SHOWN_PROBLEMS, BadTensors, Problem
 from hub.families.method import TENSOR_PREFIX, Layout
@@ -27,14 +27,14 @@ MAX_GOLDEN_ROWS = 256
 MAX_GOLDEN_TOKENS = 4096
 
 _HINTS = (
-    (".lora_embedding_", "LoRA on an embedding is not served; only Linear layers are"),
     (".lora_magnitude_vector", "a magnitude of DoRA, but use_dora is not true"),
     (".base_layer.bias", "a bias of the base's own that the config has not trained (its key bias says which)"),
     (".base_layer.", "a copy of the base's own weight; save with save_embedding_layers=False"),
-    (".modules_to_save.", "a replacement of a module of the base is not served"),
-    (".original_module.", "a replacement of a module of the base is not served"),
+    (".modules_to_save.", "a name of PEFT's own in memory; save with save_pretrained"),
+    (".original_module.", "a name of PEFT's own in memory; save with save_pretrained"),
     (".default.", "the name of the adapter stands in the key; save with save_pretrained"),
 )
+RESIZED = "; a vocabulary of another size is not served"
 _PAIRED = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 
 # The bits of the exponent: all of them set means NaN or infinite.
@@ -191,10 +191,16 @@ def _misfits(entries: Mapping[str, TensorEntry], layout: Layout, modules: Module
             if name in layout.shapes:
                 reasons.append((name, f"is missing; the config and the base demand it with shape {_shape(shape)}"))
         elif found.shape != shape:
+            resized = "" if found.shape[1:] != shape[1:] or not _of_vocabulary(name, modules) else RESIZED
             reasons.append(
-                (name, f"has shape {_shape(found.shape)}, but the config and the base demand {_shape(shape)}")
+                (name, f"has shape {_shape(found.shape)}, but the config and the base demand {_shape(shape)}{resized}")
             )
     return reasons
+
+
+def _of_vocabulary(name: str, modules: Modules | None) -> bool:
+    table = modules.embedding.name if modules is not None and modules.embedding is not None else HEAD
+    return name.startswith((f"{TENSOR_PREFIX}{table}.", f"{TENSOR_PREFIX}{HEAD}."))
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
-from hub.base import Base, Linear, Modules
+from hub.base import Base, Embedding, Linear, Modules
 from hub.contract import Event
 from hub.errors import BadTensors, HubError, HubUnavailable, Problem, Refused, UploadBusy
 from hub.experts import Parameter
@@ -52,6 +52,17 @@ def _first_complaint(value: Any, sizes: tuple[str, ...], named: str) -> Any:
         wrong = next((name for name, given in value.items() if not _are_sizes(name, given, len(sizes))), None)
         if wrong is not None:
             raise ValueError(f"{printable(wrong)} must be a name with {named}, [{', '.join(sizes)}]")
+    return value
+
+
+def _few_sizes(value: Any) -> Any:
+    """As `_few_complaints`, for names with one size each."""
+    if isinstance(value, dict):
+        if len(value) > MAX_MODULES:
+            raise ValueError(f"{len(value)} modules are above the limit of {MAX_MODULES}")
+        wrong = next((name for name, size in value.items() if type(size) is not int or not 1 <= size <= MAX_SIZE), None)
+        if wrong is not None:
+            raise ValueError(f"{printable(wrong)} must be a name with its size")
     return value
 
 
@@ -116,10 +127,18 @@ class BaseBody(Body):
         return Base(**self.model_dump())
 
 
+class EmbeddingBody(Body):
+    name: _Module
+    rows: _Size
+    features: _Size
+    tied: bool
+
+
 class ModulesBody(Body):
     """The base's modules: (inputs, outputs) of each Linear, and the names of all others.
 
-    Among those are the routers and experts of a mixture, with (experts, inputs, outputs) of each of their weights.
+    Among those are the norms with their sizes, the embedding, and the routers and experts of a mixture, with (experts,
+    inputs, outputs) of each of their weights.
     """
 
     linears: Annotated[dict[_Module, _Linear], Field(max_length=MAX_MODULES), BeforeValidator(_few_complaints)]
@@ -128,10 +147,16 @@ class ModulesBody(Body):
         dict[_Module, _Parameter], Field(max_length=MAX_MODULES), BeforeValidator(_few_complaints_of_parameters)
     ] = {}
 
+    norms: Annotated[dict[_Module, _Size], Field(max_length=MAX_MODULES), BeforeValidator(_few_sizes)] = {}
+    embedding: EmbeddingBody | None = None
+
     def record(self) -> Modules:
         linears = {name: Linear(inputs, outputs) for name, (inputs, outputs) in self.linears.items()}
         parameters = {name: Parameter(*sizes) for name, sizes in self.parameters.items()}
-        return Modules(linears, frozenset(self.others), parameters=parameters)
+        embedding = None if self.embedding is None else Embedding(**self.embedding.model_dump())
+        return Modules(
+            linears, frozenset(self.others), parameters=parameters, norms=dict(self.norms), embedding=embedding
+        )
 
 
 class CommitBody(Body):
@@ -174,6 +199,10 @@ def commit_body(base: Base, modules: Modules, *, aliases: list[str], note: str) 
         listed["parameters"] = {
             name: [one.experts, one.inputs, one.outputs] for name, one in modules.parameters.items()
         }
+    if modules.norms:
+        listed["norms"] = dict(modules.norms)
+    if modules.embedding is not None:
+        listed["embedding"] = asdict(modules.embedding)
     left_out = {"fingerprint"} | ({"experts"} if base.experts is None else set())
     return {
         "base": base.model_dump(exclude=left_out),

@@ -11,7 +11,7 @@ from typing import Any
 
 from hub import fields
 from hub.base import Base, Modules
-from hub.families.method import COMMON, INERT, Complaint, Config, Field, Layout, Method
+from hub.families.method import COMMON, INERT, NOTHING_SAVED, Complaint, Config, Field, Layout, Method
 from hub.families.stream import LAYERS, MAX_LAYERS, NON_LINEARITY, beyond, meant_layers
 
 SUBLAYERS = ("attention", "mlp")
@@ -47,6 +47,7 @@ def _scaling(value: Any) -> str | None:
 
 FIELDS: Mapping[str, Field] = {
     **COMMON,
+    "modules_to_save": NOTHING_SAVED,
     "places": Field(_places, shapes_tensors=True),
     "reads": Field(fields.one_of(*READS)),
     "bottleneck_size": Field(fields.positive, shapes_tensors=True),

@@ -19,8 +19,6 @@ from hub.families.method import COMMON, TENSOR_PREFIX, Complaint, Config, Field,
 from hub.ref import printable
 from hub.targets import pattern_value, target_complaints, target_modules
 
-HEAD = "lm_head"
-
 TARGETS: Mapping[str, Field] = {
     **COMMON,
     "target_modules": Field(fields.module_names, shapes_tensors=True),
@@ -48,9 +46,20 @@ def bias_field(own: str) -> Field:
     return Field(fields.one_of("none", "all", own), shapes_tensors=True)
 
 
-def linear_layout(config: Config, base: Base, modules: Modules, *, part: PartOf, conv1d: bool = True) -> Layout:
-    """The layout of a kind that saves `part` at every Linear; without `conv1d` it has no meaning on Conv1D layers."""
-    complaints = [("target_modules", reason) for reason in target_complaints(config, modules)]
+def linear_layout(
+    config: Config,
+    base: Base,
+    modules: Modules,
+    *,
+    part: PartOf,
+    conv1d: bool = True,
+    what: str = "Linear layer",
+) -> Layout:
+    """The layout of a kind that saves `part` at every Linear; without `conv1d` it has no meaning on Conv1D layers.
+
+    A kind of other modules gives these as the Linear layers of `modules`, and says `what` they are.
+    """
+    complaints = [("target_modules", reason) for reason in target_complaints(config, modules, what=what)]
     shapes: dict[str, tuple[int, ...]] = {}
     ranks = []
     integers: set[str] = set()
@@ -106,8 +115,6 @@ def leaves(adapted: Iterable[str]) -> tuple[str, ...]:
 def _unfit(adapted: Iterable[str], base: Base, *, conv1d: bool) -> list[Complaint]:
     """Targets that are Linear layers, but not for this kind or this server."""
     complaints = []
-    if HEAD in adapted:
-        complaints.append(("target_modules", f"{HEAD} is the output head, on which no adapter is served"))
     transposed = conv1d_layers(base.model_type)
     strange = next((module for module in adapted if module.rpartition(".")[2] in transposed), None)
     if strange is not None and not conv1d:
@@ -118,24 +125,30 @@ def _unfit(adapted: Iterable[str], base: Base, *, conv1d: bool) -> list[Complain
 
 
 def _biases(config: Config, adapted: frozenset[str], modules: Modules) -> Shapes:
-    """The biases that the config has trained: of the Linear layers that are known to have one, or of all."""
+    """The biases that the config has trained: of what is known to have one, or of all."""
     if config.get("bias", "none") == "none":
         return {}
     own = modules.linears if modules.biased is None else modules.linears.keys() & modules.biased
-    meant = [module for module in modules.linears if module in own and module != HEAD]
+    meant = [module for module in modules.linears if module in own]
     if config["bias"] != "all":
         meant = [module for module in meant if module in adapted]
-    return {
+    normed = modules.norms if config["bias"] == "all" else {}
+    norms = {
+        f"{TENSOR_PREFIX}{module}.bias": (size,)
+        for module, size in normed.items()
+        if modules.biased is None or module in modules.biased
+    }
+    return norms | {
         f"{TENSOR_PREFIX}{module}.{'base_layer.' if module in adapted else ''}bias": (modules.linears[module].outputs,)
         for module in meant
     }
 
 
 def _strange_biases(config: Config, modules: Modules) -> list[Complaint]:
-    """`all` means every bias of the base, and not all of them belong to a Linear that is served."""
+    """`all` means every bias of the base, and not all of them belong to a Linear or a norm."""
     if config.get("bias", "none") != "all" or modules.biased is None:
         return []
-    strange = sorted(modules.biased - (modules.linears.keys() - {HEAD}))
+    strange = sorted(modules.biased - modules.linears.keys() - modules.norms.keys())
     if not strange:
         return []
     first, count = printable(strange[0]), len(strange)

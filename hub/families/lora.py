@@ -6,13 +6,15 @@ Source: peft 0.21.2, tuners/lora/config.py and layer.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hub import fields
 from hub.base import Base, Linear, Modules
 from hub.families import parameters
 from hub.families.linears import TARGETS, Part, bias_field, linear_layout, pattern_rank, pattern_ranks
-from hub.families.method import INERT, Complaint, Config, Field, Layout, Method
+from hub.families.method import INERT, Complaint, Config, Field, Layout, Method, Shapes
+from hub.ref import printable
+from hub.targets import ALL_LINEAR
 
 # What LoRA and AdaLoRA share: PEFT derives the one config from the other.
 SHARED: Mapping[str, Field] = {
@@ -20,6 +22,7 @@ SHARED: Mapping[str, Field] = {
     "bias": bias_field("lora_only"),
     "fan_in_fan_out": Field(fields.boolean),  # follows from the base's own layers
     "init_lora_weights": Field(fields.initialisation),
+    "trainable_token_indices": Field(fields.token_rows, shapes_tensors=True),
     # Inert: they act while training, or only through an init_lora_weights that is refused above.
     "lora_dropout": Field(fields.number),
     "eva_config": INERT,
@@ -31,7 +34,6 @@ SHARED: Mapping[str, Field] = {
     # Neutral: each changes what a forward pass computes, or the network itself.
     "use_qalora": Field(fields.neutral(False, why="it pools the layer's input")),
     "use_bdlora": Field(fields.neutral(None, why="block-diagonal LoRA")),
-    "trainable_token_indices": Field(fields.neutral(None, [], {}, why="it replaces rows of the base's embedding")),
     "target_parameters": Field(fields.neutral(None, [], why="it adapts bare parameters, such as fused experts")),
     "layer_replication": Field(fields.neutral(None, [], why="it changes the network")),
     "arrow_config": Field(fields.neutral(None, why="it routes between adapters")),
@@ -60,7 +62,10 @@ NOT_ACTIVATED = ("use_dora", "bias", "modules_to_save", "trainable_token_indices
 
 
 def _part(config: Config, module: str, linear: Linear) -> Part:
+    """An embedding's inputs are the tokens of the vocabulary."""
     rank = pattern_rank(config, module)
+    if isinstance(linear, _Table):
+        return Part(_table_shapes(config, rank, linear), rank, _table_complaint(config, module))
     shapes: dict[str, tuple[int, ...]] = {
         "lora_A.weight": (rank, linear.inputs),
         "lora_B.weight": (linear.outputs, rank),
@@ -72,8 +77,40 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     return Part(shapes, rank)
 
 
+@dataclass(frozen=True, slots=True)
+class _Table(Linear):
+    """The embedding, as the Linear layer of one-hot tokens that it is."""
+
+
+def _table_shapes(config: Config, rank: int, table: _Table) -> Shapes:
+    shapes: dict[str, tuple[int, ...]] = {
+        "lora_embedding_A": (rank, table.inputs),
+        "lora_embedding_B": (table.outputs, rank),
+    }
+    return {**shapes, "lora_magnitude_vector": (table.outputs,)} if config.get("use_dora") else shapes
+
+
+def _table_complaint(config: Config, module: str) -> Complaint | None:
+    for key in ("lora_bias", "alora_invocation_tokens"):
+        if config.get(key):
+            return key, f"cannot stand beside the embedding {printable(module)} among the target modules"
+    return None
+
+
+def _with_table(config: Config, modules: Modules) -> Modules:
+    """The embedding among the layers that may be adapted, but for "all-linear", which does not mean it."""
+    table, wanted = modules.embedding, config["target_modules"]
+    if table is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
+        return modules
+    linears = {**modules.linears, table.name: _Table(table.rows, table.features)}
+    return replace(modules, linears=linears, others=modules.others - {table.name})
+
+
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    layout = linear_layout(config, base, modules, part=_part) if config.get("target_modules") else Layout({})
+    adapted = _with_table(config, modules)
+    layout = Layout({})
+    if config.get("target_modules"):
+        layout = linear_layout(config, base, adapted, part=_part, what="Linear layer or embedding")
     layout = parameters.with_parameters(layout, config, base, modules)
     strange = [token for token in config.get("alora_invocation_tokens") or [] if token >= base.vocab_size]
     if not strange:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hub import fields
 from hub.base import Base, Modules
-from hub.families.method import COMMON, INERT, Complaint, Config, Field, Layout, Method
+from hub.families.method import COMMON, INERT, NOTHING_SAVED, Complaint, Config, Field, Layout, Method
 from hub.families.stream import LAYERS, NON_LINEARITY, meant_layers
 
 POSITIONS = re.compile(r"f(?P<first>[0-9]{1,6})(?:\+l(?P<last>[0-9]{1,6}))?|l(?P<lone>[0-9]{1,6})")
@@ -31,6 +31,7 @@ def ends(positions: str) -> tuple[int, int]:
 
 FIELDS: Mapping[str, Field] = {
     **COMMON,
+    "modules_to_save": NOTHING_SAVED,
     "r": Field(fields.positive, shapes_tensors=True),
     "layers": LAYERS,
     "positions": Field(_positions, shapes_tensors=True),

@@ -74,6 +74,8 @@ class Method:
 
 INERT = Field(fields.anything)
 
+NOTHING_SAVED = Field(fields.neutral(None, [], why="this kind replaces no modules"))
+
 COMMON: Mapping[str, Field] = {
     "peft_type": INERT,
     "peft_version": Field(fields.optional_text),
@@ -82,5 +84,5 @@ COMMON: Mapping[str, Field] = {
     "inference_mode": Field(fields.boolean),
     "task_type": Field(fields.one_of("CAUSAL_LM", None)),
     "auto_mapping": Field(fields.auto_mapping),
-    "modules_to_save": Field(fields.neutral(None, [], why="it replaces whole modules of the base")),
+    "modules_to_save": Field(fields.saved_names, shapes_tensors=True),
 }

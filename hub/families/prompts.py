@@ -9,13 +9,14 @@ from collections.abc import Mapping
 
 from hub import fields
 from hub.base import Base, Modules
-from hub.families.method import COMMON, INERT, Complaint, Config, Field, Layout, Method
+from hub.families.method import COMMON, INERT, NOTHING_SAVED, Complaint, Config, Field, Layout, Method
 from hub.ref import printable
 
 PROMPT_TENSOR = "prompt_embeddings"
 
 _SHARED: Mapping[str, Field] = {
     **COMMON,
+    "modules_to_save": NOTHING_SAVED,
     "num_virtual_tokens": Field(fields.positive, shapes_tensors=True),
     "token_dim": Field(fields.optional_positive, shapes_tensors=True),
     "num_layers": Field(fields.optional_positive, shapes_tensors=True),

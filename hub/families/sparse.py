@@ -11,7 +11,7 @@ from typing import Any
 
 from hub import fields
 from hub.base import Base, Linear, Modules
-from hub.families.linears import HEAD, leaves
+from hub.families.linears import leaves
 from hub.families.method import COMMON, TENSOR_PREFIX, Complaint, Config, Field, Layout, Method
 from hub.fields import MAX_NAMES, shown
 from hub.ref import printable
@@ -56,8 +56,6 @@ def _layout(config: Config, base: Base, modules: Modules) -> Layout:
 def _misfit(module: str, count: int, linear: Linear | None) -> Complaint | None:
     if linear is None:
         return "entries", f"{printable(module)} is no Linear layer of the base"
-    if module == HEAD:
-        return "entries", f"{HEAD} is the output head, on which no adapter is served"
     weights = linear.inputs * linear.outputs
     if weights >= MAX_WEIGHTS:
         return "entries", f"{printable(module)} has {weights} weights, and places of 32 bits name {MAX_WEIGHTS - 1}"

@@ -27,7 +27,6 @@ from server.primitives.delta import Delta
 from server.primitives.gain import Gain
 from server.primitives.site import EmbeddingShape, NormShape, SiteValue
 
-SAVED = "modules_to_save."  # stands before the name of a parameter in files that keep PEFT's inner names
 ROWS = "token_adapter.trainable_tokens_delta"
 COPY = "base_layer."
 
@@ -131,10 +130,6 @@ def _take_saved(whole: Whole) -> None:
     if missing:
         raise AdapterIncompatible(f"modules_to_save names {missing[0]}, which is no Linear, norm or embedding here")
     for module in named:
-        for part in ("weight", "bias"):  # two spellings of one tensor
-            inner = whole.left.pop(f"{ROOT}{module}.{SAVED}{part}", None)
-            if inner is not None and whole.left.setdefault(f"{ROOT}{module}.{part}", inner) is not inner:
-                raise AdapterIncompatible(f"{module} is saved twice")
         whole.add(module, _saved(whole, module))
 
 

@@ -45,7 +45,9 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], tuple[str, str]]] = {
 def configs(family: str, targets: tuple[str, str]) -> dict[str, Any]:
     """One PEFT config per row: every option that changes which tensors there are, or their shapes."""
     task, both = {"task_type": "CAUSAL_LM"}, list(targets)
-    norms_too = family in ("phi", "gpt2")  # "all" would train the biases of their norms
+    table, norm = {"gpt2": ("wte", "ln_f"), "phi": ("embed_tokens", "final_layernorm")}.get(
+        family, ("embed_tokens", "model.norm")
+    )
     rows = {
         "lora": peft.LoraConfig(r=4, target_modules=both, rank_pattern={targets[0]: 2}, lora_bias=True, **task),
         "lora, all linear": peft.LoraConfig(r=3, target_modules="all-linear", use_rslora=True, **task),
@@ -54,12 +56,16 @@ def configs(family: str, targets: tuple[str, str]) -> dict[str, Any]:
         "lora, orthogonal": peft.LoraConfig(r=4, target_modules=both, init_lora_weights="orthogonal", **task),
         "lora, no task": peft.LoraConfig(r=4, target_modules=both),
         "lora, dora": peft.LoraConfig(r=4, target_modules=both, use_dora=True, bias="lora_only", **task),
-        "lora, biases": peft.LoraConfig(
-            r=4, target_modules=both, lora_bias=True, bias="lora_only" if norms_too else "all", **task
-        ),
+        "lora, biases": peft.LoraConfig(r=4, target_modules=both, lora_bias=True, bias="all", **task),
         "adalora": peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=both, bias="lora_only", **task),
-        "vera": peft.VeraConfig(r=4, target_modules=both, bias="vera_only" if norms_too else "all", **task),
+        "vera": peft.VeraConfig(r=4, target_modules=both, bias="all", **task),
         "vera, from its seed": peft.VeraConfig(r=4, target_modules=both, save_projection=False, **task),
+        "lora, head and embedding": peft.LoraConfig(r=4, target_modules=[*both, table, "lm_head"], **task),
+        "lora, dora of the embedding": peft.LoraConfig(r=4, target_modules=[table], use_dora=True, **task),
+        "lora, tokens": peft.LoraConfig(r=4, target_modules=both, trainable_token_indices=[3, 5], **task),
+        "lora, whole": peft.LoraConfig(r=4, target_modules=both, modules_to_save=["lm_head", table, norm], **task),
+        "trainable-tokens": peft.TrainableTokensConfig(token_indices=[3, 5], **task),
+        "ln-tuning": peft.LNTuningConfig(target_modules=[norm], modules_to_save=["lm_head"], **task),
         "ia3": peft.IA3Config(target_modules=both, feedforward_modules=both[1:], **task),
         "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **task),
         "prefix, projected": peft.PrefixTuningConfig(
@@ -136,11 +142,13 @@ def test_peft_loads_what_was_pulled_with_the_same_weights(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_head_that_is_saved_with_its_adapter_is_refused(tmp_path: Path) -> None:
-    """PEFT saves a whole copy of an embedding or head that is targeted; serving it would be another base."""
+def test_what_peft_saves_of_a_vocabulary_that_was_resized_is_refused(tmp_path: Path) -> None:
     name, arguments, _ = FAMILIES["llama"]
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**arguments))
     model.save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
-    with pytest.raises(Refused, match="a copy of the base's own weight"):
-        validate(save(model, config, tmp_path / "adapter", tmp_path / "base"))
+    model.resize_token_embeddings(70)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with pytest.raises(Refused, match="a vocabulary of another size is not served"):
+        validate(tmp_path / "adapter")
