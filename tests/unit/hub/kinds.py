@@ -37,6 +37,16 @@ def case(
     return Case(peft_type, config, shapes, dict(shared), rank)
 
 
+def road(width: int) -> Case:
+    """Each pair of outputs has `width` angles and lengths."""
+    return case(
+        "ROAD",
+        {"variant": f"road_{width}", "group_size": 8},
+        lambda i, o: {"road_theta": (o * width // 2,), "road_alpha": (o * width // 2,)},
+        rank=None,
+    )
+
+
 LORA = {"r": RANK, "lora_alpha": 6}
 MASKS = {f"{module}.lora_E": [True, False, True] for module in linear_names(*TARGETS)}
 OFT = {"r": 0, "oft_block_size": 8, "use_cayley_neumann": True, "peft_version": "0.21.2"}
@@ -119,15 +129,7 @@ CASES: Mapping[str, Case] = {
         lambda i, o: {"boft_R": (1, 4, i // 4, i // 4), "boft_s": (o, 1)},
         rank=None,
     ),
-    **{
-        f"road-{width}": case(
-            "ROAD",
-            {"variant": f"road_{width}", "group_size": 8},
-            lambda i, o, width=width: {"road_theta": (o * width // 2,), "road_alpha": (o * width // 2,)},
-            rank=None,
-        )
-        for width in (1, 2, 4)
-    },
+    **{f"road-{width}": road(width) for width in (1, 2, 4)},
     "shira": case(
         "SHIRA",
         {"r": RANK},

@@ -19,7 +19,9 @@ VALUES = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5])
 
 
 def target(limit: float, max_rank: int = 64) -> Target:
-    return Target({}, (), IN, torch.float32, torch.device("cpu"), max_rank, 64, lambda name: torch.empty(0), limit)
+    return Target(
+        {}, (), IN, torch.float32, torch.device("cpu"), max_rank, 64, lambda name: torch.empty(0), max_delta_error=limit
+    )
 
 
 def with_singular_values(values: Tensor) -> Tensor:
