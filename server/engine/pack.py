@@ -67,13 +67,15 @@ def pack_step(
     if columns:
         table = [row for chunk in chunks for row in _gate_rows(chunk, grafts[chunk.sequence.id], columns)]
         gates = gates_from_rows(table, bank.size, cache.keys[0])
+    wanted_R = torch.tensor(wanted, device=device, dtype=torch.long)
     batch = Batch(
         ids_T=torch.tensor(ids, device=device),
         positions_T=torch.tensor(positions, device=device),
         plan=plan,
-        wanted_R=torch.tensor(wanted, device=device, dtype=torch.long),
+        wanted_R=wanted_R,
         gates=gates,
         operands=bank.operands if columns else {},
+        wanted_gates=None if gates is None else gates.at(wanted_R, wanted),
     )
     return Packed(batch, tuple(rows))
 

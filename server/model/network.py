@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from server.model.attention import AttentionPlan, Span
-from server.model.grafted import GraftedLinear
+from server.model.grafted import GraftedEmbedding, GraftedLinear
 from server.model.kv import KvCache
 from server.model.places import Places
 from server.model.weights import base_weight
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
-from server.primitives.site import Active, SiteOperand, SiteShape
+from server.primitives.site import Active, EmbeddingShape, NormShape, SiteOperand, SiteShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Batch:
     wanted_R: Tensor
     gates: Gates | None
     operands: Mapping[str, SiteOperand]
+    wanted_gates: Gates | None = None  # those of wanted_R, for the output head
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class BaseFacts:
     name: str
     layers: tuple[LayerShape, ...]
     sites: Mapping[str, SiteShape]
+    norms: Mapping[str, NormShape]
+    embedding: EmbeddingShape | None
     places: frozenset[str]
     hidden_size: int
     vocab_size: int
@@ -61,6 +64,7 @@ class Network:
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
         self._active.operands, self._active.gates = batch.operands, batch.gates
+        self._active.wanted_gates = batch.wanted_gates
         self._places.arm(batch.operands)
         out = self._stock(
             input_ids=batch.ids_T[None],
@@ -82,7 +86,7 @@ class Network:
         positions = torch.arange(start, stop, device=self.facts.device)
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
         plan = AttentionPlan(cache, positions, None, None, [Span(stop - start, stop, blocks)])
-        self._active.operands, self._active.gates = {}, None
+        self._active.operands, self._active.gates, self._active.wanted_gates = {}, None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
             position_ids=positions[None],
@@ -94,8 +98,10 @@ class Network:
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
-        """The (O, I) weight of a grafted Linear in fp32, not to be written to."""
+        """The (O, I) weight of a grafted Linear, or the embedding's, in fp32, not to be written to."""
         grafted = self._stock.get_submodule(name)
+        if isinstance(grafted, GraftedEmbedding):
+            return grafted.weight.detach().float()
         assert isinstance(grafted, GraftedLinear)
         return base_weight(grafted.base)
 

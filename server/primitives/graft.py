@@ -72,24 +72,25 @@ def check_mixture(terms: Sequence[tuple[Graft, float]]) -> None:
             raise MixtureRefused(
                 f"weight {weight:g} on {graft.label}: a prefix has no exact weighted sum, its weight is 0 or 1"
             )
-    _check_scales([(graft, weight) for graft, weight in terms if weight])
+    _check_sides([(graft, weight) for graft, weight in terms if weight])
 
 
-def _check_scales(terms: Sequence[tuple[Graft, float]]) -> None:
-    """Scales of one side add; a product of two sums is the sum of the deltas only for one adapter, whole and alone."""
-    scaled_in: dict[str, list[tuple[Graft, float]]] = {}
-    scaled_out: dict[str, list[Graft]] = {}
+def _check_sides(terms: Sequence[tuple[Graft, float]]) -> None:
+    """Scales and rotations of one side add; a product of two sums is the sum of the deltas only for one adapter, whole
+    and alone."""
+    at_input: dict[str, list[tuple[Graft, float]]] = {}
+    at_output: dict[str, list[Graft]] = {}
     for graft, weight in terms:
         for name, value in graft.sites.items():
-            if value.scale_in is not None:
-                scaled_in.setdefault(name, []).append((graft, weight))
-            if value.scale_out is not None:
-                scaled_out.setdefault(name, []).append(graft)
-    for name in scaled_in.keys() & scaled_out.keys():
-        for one, weight in scaled_in[name]:
-            for other in scaled_out[name]:
+            if value.transforms_input:
+                at_input.setdefault(name, []).append((graft, weight))
+            if value.transforms_output:
+                at_output.setdefault(name, []).append(graft)
+    for name in at_input.keys() & at_output.keys():
+        for one, weight in at_input[name]:
+            for other in at_output[name]:
                 if one is not other or weight != 1:
                     raise MixtureRefused(
-                        f"{one.label} scales the input and {other.label} the output of {name}: "
+                        f"{one.label} transforms the input and {other.label} the output of {name}: "
                         "their exact sum is not one product"
                     )

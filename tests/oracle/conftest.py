@@ -55,7 +55,35 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi": {},
     "phi3": {"sliding_window": 6},
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# Proved with a few adapters each, in test_bases.py. Two layers, of both sorts where there are two.
+TWO_SORTS = {
+    "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+MORE_BASES: dict[str, dict[str, Any]] = {
+    "gemma": {"num_hidden_layers": 2, "head_dim": 16},
+    "gemma3_text": {**TWO_SORTS, "query_pre_attn_scalar": 16},
+    "gpt_neox": {"num_hidden_layers": 2, "rotary_pct": 0.5},
+    "opt": {"num_hidden_layers": 2, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "olmo2": {"num_hidden_layers": 2},
+    "granite": {
+        "num_hidden_layers": 2, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "smollm3": {"num_hidden_layers": 2, "no_rope_layers": [1, 0]},
+    "cohere2": {**TWO_SORTS, "logit_scale": 0.5},
+    "starcoder2": {"num_hidden_layers": 2, "sliding_window": 6},
+    "qwen3_moe": {
+        "num_hidden_layers": 2, "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        **TWO_SORTS, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}  # fmt: skip
+MULTI_HEAD = ("gpt2", "gpt_neox", "opt")  # as many KV heads as query heads: PEFT would believe a number of KV heads
 
 
 @dataclass(frozen=True)
@@ -76,8 +104,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyB
     def make(architecture: str) -> TinyBase:
         if architecture not in made:
             torch.manual_seed(0)
-            options = {**SMALL, **ARCHITECTURES[architecture]}
-            if architecture == "gpt2":  # multi-head attention: PEFT would believe this field
+            options = {**SMALL, **(ARCHITECTURES | MORE_BASES)[architecture]}
+            if architecture in MULTI_HEAD:
                 del options["num_key_value_heads"]
             config = CONFIG_MAPPING[architecture](**options)
             model = AutoModelForCausalLM.from_config(config)
@@ -143,6 +171,8 @@ class Bench:
             64,
             64,
             self.network.weight,
+            facts.norms,
+            facts.embedding,
             facts.places,
         )
 

@@ -14,15 +14,18 @@ from torch import Tensor
 
 from server.errors import AdapterIncompatible
 from server.policy.reach import EVERYWHERE, Reach
+from server.primitives.delta import Delta
 from server.primitives.graft import Graft
 from server.primitives.prefix import LayerShape, Prefix
-from server.primitives.site import SiteShape, SiteValue
+from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
 
+    `sites` are its Linears, the output head among them. Norms and an embedding that the base does not compute as its
+    adapters need are missing here.
     `places` are those on the residual stream that this base was seen to have.
     """
 
@@ -34,6 +37,8 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    norms: Mapping[str, NormShape] = field(default_factory=dict)
+    embedding: EmbeddingShape | None = None
     places: frozenset[str] = frozenset()
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -43,6 +48,14 @@ class Target:
             largest = tensor.abs().max().item()
             raise AdapterIncompatible(f"a value of {largest:.2g} is no finite number in {self.dtype}")
         return placed
+
+    def place_delta(self, delta: Delta) -> Delta:
+        """On the device: a dense one in its dtype, a sparse one in fp32."""
+        if delta.matrix_OI.layout != torch.sparse_csr:
+            return Delta(self.place(delta.matrix_OI), delta.rows_N)
+        if not delta.matrix_OI.values().isfinite().all():
+            raise AdapterIncompatible("a value of a sparse delta is no finite number in torch.float32")
+        return Delta(delta.matrix_OI.to(self.device), delta.rows_N)
 
 
 @dataclass(frozen=True, slots=True)

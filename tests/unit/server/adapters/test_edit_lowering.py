@@ -60,7 +60,7 @@ CASES: Mapping[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
 
 def target(*, max_rank: int = 64, places: frozenset[str] = ALL_PLACES) -> Target:
     layers = (LayerShape(2, 4),) * LAYERS
-    return Target({}, layers, HIDDEN, torch.float32, torch.device("cpu"), max_rank, 64, _no_weight, places)
+    return Target({}, layers, HIDDEN, torch.float32, torch.device("cpu"), max_rank, 64, _no_weight, places=places)
 
 
 def _no_weight(name: str) -> Tensor:
