@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from server.primitives.graft import check_mixture
 from tests.oracle.conftest import Bench, TinyBase
 from tests.oracle.edited import Edited
 from tests.oracle.kinds import make_adapter, rows
-from tests.oracle.test_fusion import ROOT, Affine, affine_maps, leaves, set_sum
+from tests.oracle.test_fusion import ROOT, affine_maps, leaves, set_sum
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 PROMPT = [5, 9, 77, 3, 101, 42, 64, 8, 23]
@@ -50,8 +49,9 @@ def test_every_pair_with_an_edit_is_exactly_the_weighted_sum_at_each_place(
         [(PROMPT, []), *((PROMPT, [(grafts[name], weight) for name, weight in shares.items()]) for shares in mixtures)]
     )
     stock: Any = base.fresh()
-    plain = _changeable(stock, stock)
-    maps = {name: _changeable(made[name], stock) for name in OTHERS}
+    modules = leaves(stock)
+    plain = affine_maps(stock, modules)
+    maps = {name: affine_maps(made[name], [ROOT + module for module in modules]) for name in OTHERS}
     edited = Edited(stock, architecture, [])
     for shares, logits in zip(mixtures, got[1:], strict=True):
         set_sum(stock, plain, [(maps[name], weight) for name, weight in shares.items() if name in maps])
@@ -61,15 +61,3 @@ def test_every_pair_with_an_edit_is_exactly_the_weighted_sum_at_each_place(
         error = (logits - expected).abs().max().item()
         assert error < TOLERANCE, f"{shares} on {architecture} differs by {error:.1e}"
         assert not torch.allclose(logits, got[0], atol=100 * TOLERANCE), f"{shares} has no visible effect"
-
-
-def _changeable(model: nn.Module, stock: Any) -> dict[str, Affine]:
-    """What each module but the embedding does, its weight as the module stores it: gemma2's norms add one to theirs."""
-    names = [name for name in leaves(stock) if stock.get_submodule(name) is not stock.get_input_embeddings()]
-    found = affine_maps(model, names if model is stock else [ROOT + name for name in names])
-    return {name: (_stored(weight, stock, name), bias) for name, (weight, bias) in found.items()}
-
-
-def _stored(answered: Tensor, stock: nn.Module, name: str) -> Tensor:
-    adds_one = type(stock.get_submodule(name)).__name__ == "Gemma2RMSNorm"
-    return answered - 1 if adds_one else answered
