@@ -61,10 +61,11 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     depth = int(shape.get_text_config().num_hidden_layers)
     if sorted(recorder.layers) != list(range(depth)):
         raise StartupRefused(f"base {name}: attention ran in layers {sorted(recorder.layers)}, the base has {depth}")
-    again = partial(_record, stock, probes[0].to(device), name)
-    places = Places(find_anatomy(stock, recorder.modules, again), active)
     with torch.no_grad():
         sites = graft_network(stock, active, seen, [len(ids) for ids in probes])
+    # After the grafting: what adds to the stream is then a module with everything that adapters change in it.
+    again = partial(_record, stock, probes[0].to(device), name)
+    places = Places(find_anatomy(stock, recorder.modules, again), active)
     facts = BaseFacts(
         name=name,
         layers=tuple(recorder.layers[layer] for layer in range(depth)),

@@ -73,7 +73,7 @@ class _Traced:
 
 
 def find_anatomy(stock: nn.Module, attentions: Mapping[int, nn.Module], run: Callable[[], object]) -> list[Anatomy]:
-    """The decoder layers around these attention modules, watched during one `run` of the untouched network.
+    """The decoder layers around these attention modules, watched during one `run` of the network without adapters.
 
     Empty where the stream does not pass from layer to layer as it is.
     """

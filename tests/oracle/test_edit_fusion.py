@@ -1,21 +1,25 @@
-"""Edits of the residual stream fused with each other and with what changes Linears, against a network built by hand."""
+"""Edits of the residual stream fused with each other and with other changes, against a network built by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import combinations_with_replacement
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
 
 from server.primitives.graft import check_mixture
-from tests.oracle.conftest import Adapter, Bench, TinyBase
+from tests.oracle.conftest import Bench, TinyBase
 from tests.oracle.edited import Edited
+from tests.oracle.kinds import make_adapter, rows
 from tests.oracle.test_fusion import ROOT, affine_maps, leaves, set_sum
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 PROMPT = [5, 9, 77, 3, 101, 42, 64, 8, 23]
+OTHERS = ("lora", "dora", "ia3-attention", "ln-tuning")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of what these adapters are on purpose
 
@@ -25,20 +29,17 @@ def test_every_pair_with_an_edit_is_exactly_the_weighted_sum_at_each_place(
     architecture: str,
     tiny_base: Callable[[str], TinyBase],
     bench: Callable[[str], Bench],
-    adapters: Callable[[str], dict[str, Adapter]],
+    tmp_path: Path,
 ) -> None:
-    """The Linears have the sum of all changes, and hooks add the sum of all edits, each of the one stream that is."""
+    """The modules have the sum of all changes, and hooks add the sum of all edits, each of the one stream that is."""
     rig, base, random = bench(architecture), tiny_base(architecture), Random(7)
-    made = {name: one for name, one in adapters(architecture).items() if not (one.row.virtual or one.row.invoked)}
-    edits = [name for name, one in made.items() if one.row.edits]
-    linears = [name for name in made if name not in edits]
-    grafts = {name: rig.graft(one.folder, one.row.kind) for name, one in made.items()}
-    fresh = base.fresh()
-    names_of_modules = leaves(fresh)
-    plain = affine_maps(fresh, names_of_modules)
-    adapted = [ROOT + name for name in names_of_modules]
-    crossed = list(zip(edits, random.sample(linears, len(edits)), strict=True))
-    fused = [*combinations_with_replacement(edits, 2), *crossed, (*edits, "lora", "dora")]
+    wanted = {name: row for name, row in rows(architecture).items() if row.edits or name in OTHERS}
+    made = {name: make_adapter(base, row, tmp_path / name, seed) for seed, (name, row) in enumerate(wanted.items())}
+    edits = [name for name, row in wanted.items() if row.edits]
+    grafts = {name: rig.graft(tmp_path / name, row.kind) for name, row in wanted.items()}
+    # In gemma2 a norm makes what Houlsby's adapter reads.
+    crossed = [(edit, OTHERS[index % len(OTHERS)]) for index, edit in enumerate(edits)] + [("houlsby", "ln-tuning")]
+    fused = [*combinations_with_replacement(edits, 2), *crossed, (*edits, "lora", "ln-tuning")]
     mixtures = []
     for names in fused:
         shares = {name: random.choice([-1, 1]) * random.uniform(0.2, 0.9) * 2 / len(names) for name in names}
@@ -47,13 +48,14 @@ def test_every_pair_with_an_edit_is_exactly_the_weighted_sum_at_each_place(
     got = rig.run(
         [(PROMPT, []), *((PROMPT, [(grafts[name], weight) for name, weight in shares.items()]) for shares in mixtures)]
     )
-    used = {name for shares in mixtures for name in shares}
-    maps = {name: affine_maps(made[name].peft, adapted) for name in linears if name in used}
-    stock = base.fresh()
+    stock: Any = base.fresh()
+    modules = leaves(stock)
+    plain = affine_maps(stock, modules)
+    maps = {name: affine_maps(made[name], [ROOT + module for module in modules]) for name in OTHERS}
     edited = Edited(stock, architecture, [])
     for shares, logits in zip(mixtures, got[1:], strict=True):
         set_sum(stock, plain, [(maps[name], weight) for name, weight in shares.items() if name in maps])
-        edited.load([(made[name].folder, shares[name]) for name in shares if name in edits])
+        edited.load([(tmp_path / name, weight) for name, weight in shares.items() if name in edits])
         with torch.inference_mode():
             expected = edited(input_ids=torch.tensor([PROMPT])).logits[0].float()
         error = (logits - expected).abs().max().item()
