@@ -49,7 +49,7 @@ _NOT_SERVED: Mapping[str, str] = {
     "BONE": "PEFT has renamed it; save it as MISS",
 }
 
-_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
+_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules", "target_parameters"})
 
 
 @dataclass(frozen=True, slots=True)

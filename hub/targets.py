@@ -37,7 +37,7 @@ _MANY_LEAVES = 2000
 _REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", None))
 _REFUSED_OPS = (ops.GROUPREF, ops.GROUPREF_EXISTS, ops.ASSERT, ops.ASSERT_NOT)
 _ONE_CHARACTER = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
-_NAMED = ("target_modules", "exclude_modules", "feedforward_modules")
+_NAMED = ("target_modules", "exclude_modules", "feedforward_modules", "target_parameters")
 _NUMBERED = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
 # Where PEFT puts a pattern: at the end of a name, and before the number of a layer.
 _AT_THE_END = r"(.*\.)?({})$"

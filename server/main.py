@@ -79,6 +79,7 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
         norms=facts.norms,
         embedding=facts.embedding,
         places=facts.places,
+        parameters=facts.parameters,
     )
     source = Source(hub, base, default_alias=config.adapters.default_alias, allow=config.adapters.allow)
     adapters = AdapterStore(source, engine, target, config.adapters, metrics, quantized=facts.quantized)

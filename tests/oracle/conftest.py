@@ -174,6 +174,7 @@ class Bench:
             facts.norms,
             facts.embedding,
             facts.places,
+            facts.parameters,
         )
 
     def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:

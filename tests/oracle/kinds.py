@@ -58,6 +58,7 @@ DEFAULT_WHOLE = ("embed_tokens", ["input_layernorm", "model.norm"], "o_proj")
 CONV1D = ("gpt2",)
 TOKENS = [*range(120, 3, -2)]  # in no order that the vocabulary has
 INVOCATION = (7, 9)
+ROUTERS = {"mixtral": "mlp.gate.weight", "qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,30 @@ def rows(architecture: str) -> dict[str, Row]:
     }
     edits = {**edit_configs(), **loreft_configs()}
     made |= {name: Row(config["peft_type"].lower(), config) for name, config in edits.items()}
+    if architecture in ROUTERS:
+        made |= mixture_rows(architecture, first)
     return {name: row for name, row in made.items() if not (row.linear_only and architecture in CONV1D)}
+
+
+def mixture_rows(architecture: str, linear: str) -> dict[str, Row]:
+    """LoRA on the weights that are no Linear's, apart and together; PEFT nests what it wraps on one module."""
+
+    def row(**options: Any) -> Row:
+        return Row("lora", LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": [], **COMMON, **options}))
+
+    return {
+        "lora-experts": row(target_parameters=["experts.gate_up_proj", "mlp.experts.down_proj"], lora_alpha=9),
+        "lora-gate-up": row(target_parameters=["experts.gate_up_proj"], r=2, use_rslora=True),
+        "lora-down-one-layer": row(target_parameters=["model.layers.1.mlp.experts.down_proj"], lora_alpha=15),
+        "lora-all-linear": row(target_modules="all-linear", r=2),  # for PEFT, those of before transformers 5
+        "lora-router": row(target_parameters=[ROUTERS[architecture]], r=2, lora_alpha=8),
+        "lora-mixture-patterns": row(
+            target_modules=[linear],
+            target_parameters=["experts.down_proj", "experts.gate_up_proj", ROUTERS[architecture]],
+            rank_pattern={"gate_up_proj": 4, "layers.0.mlp.experts.down_proj": 1, linear: 2},
+            alpha_pattern={r".*\.down_proj": 7, "weight": 5},
+        ),
+    }
 
 
 def make_adapter(base: TinyBase, row: Row, folder: Path, seed: int) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from server.errors import AdapterIncompatible
 from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.delta import Delta
+from server.primitives.experts import ParameterShape
 from server.primitives.graft import Graft
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
@@ -27,6 +28,7 @@ class Target:
     `sites` are its Linears, the output head among them. Norms and an embedding that the base does not compute as its
     adapters need are missing here.
     `places` are those on the residual stream that this base was seen to have.
+    `parameters` are the weights of routers and experts by their full names, those of one module in its own order.
     """
 
     sites: Mapping[str, SiteShape]
@@ -40,6 +42,7 @@ class Target:
     norms: Mapping[str, NormShape] = field(default_factory=dict)
     embedding: EmbeddingShape | None = None
     places: frozenset[str] = frozenset()
+    parameters: Mapping[str, ParameterShape] = field(default_factory=dict)
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""

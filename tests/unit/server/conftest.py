@@ -199,6 +199,7 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             facts.norms,
             facts.embedding,
             facts.places,
+            facts.parameters,
         )
         metrics = Metrics()
         source = Source(hub, describe_base(base, name=str(base)), default_alias=config.default_alias)

@@ -12,6 +12,7 @@ from torch import Tensor
 from server.adapters.lowering.table import LOWERINGS, lower
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
+from server.primitives.experts import ParameterShape
 from server.primitives.prefix import LayerShape
 from server.primitives.site import SiteShape
 
@@ -21,6 +22,12 @@ ROOT = "base_model.model."
 WEIGHT = torch.arange(OUT * IN, dtype=torch.float32).view(OUT, IN) / 10
 BIAS = torch.arange(OUT, dtype=torch.float32)
 LORA = {"r": RANK, "lora_alpha": 6}
+EXPERTS, INNER = 4, 5
+PARAMETERS = {
+    "layers.0.experts.up": ParameterShape(EXPERTS, IN, INNER),
+    "layers.0.experts.down": ParameterShape(EXPERTS, INNER, IN),
+    "layers.0.gate.weight": ParameterShape(1, IN, EXPERTS),
+}
 
 # kind, option -> config, and the shapes of the tensors at one Linear.
 CASES: Mapping[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
@@ -69,7 +76,8 @@ TRAINS_BIASES = [case for case in CASES if case not in ("loha", "ia3", "ia3-in",
 def target(max_rank: int = 64) -> Target:
     sites = {Q: SiteShape(IN, OUT, BIAS), V: SiteShape(IN, OUT, None)}
     layers = (LayerShape(2, 4),)
-    return Target(sites, layers, IN, torch.float32, torch.device("cpu"), max_rank, 64, lambda name: WEIGHT)
+    device = torch.device("cpu")
+    return Target(sites, layers, IN, torch.float32, device, max_rank, 64, lambda name: WEIGHT, parameters=PARAMETERS)
 
 
 def tensors(case: str, *modules: str) -> dict[str, Tensor]:
@@ -227,3 +235,68 @@ def test_reflections_that_depend_on_each_other_have_no_gram_schmidt() -> None:
 def test_a_kind_that_nobody_knows_is_refused() -> None:
     with pytest.raises(AdapterIncompatible, match="kind road is not served; served are adalora, beft"):
         lower("road", {}, {}, target())
+
+
+def mixture_tensors() -> dict[str, Tensor]:
+    """As PEFT nests them: the last weight of a module outermost."""
+    torch.manual_seed(0)
+    shapes = {
+        "experts.base_layer.lora_A": (RANK * EXPERTS, IN),
+        "experts.base_layer.lora_B": (INNER, RANK * EXPERTS),
+        "experts.lora_A": (RANK * EXPERTS, INNER),
+        "experts.lora_B": (IN, RANK * EXPERTS),
+        "gate.lora_A": (RANK, IN),
+        "gate.lora_B": (EXPERTS, RANK),
+    }
+    return {f"{ROOT}layers.0.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+
+
+MIXTURE: dict[str, Any] = {"target_parameters": ["experts.up", "experts.down", "gate.weight"]}
+
+
+def test_an_expert_has_its_own_rows_of_a_and_its_own_columns_of_b() -> None:
+    given = mixture_tensors()
+    sites = lowered("lora", {**given, **tensors("lora", Q)}, **MIXTURE).sites
+    assert sites.keys() == {Q, *PARAMETERS}
+    up, gate = sites["layers.0.experts.up"].experts, sites["layers.0.gate.weight"].lowrank
+    assert up is not None
+    assert gate is not None
+    A, B = (
+        given[f"{ROOT}layers.0.experts.base_layer.lora_A.weight"],
+        given[f"{ROOT}layers.0.experts.base_layer.lora_B.weight"],
+    )
+    for expert in range(EXPERTS):
+        assert torch.equal(up.A_ERI[expert], A[expert * RANK : (expert + 1) * RANK])
+        assert torch.equal(up.B_EOR[expert], 2 * B[:, expert::EXPERTS])
+    assert torch.equal(gate.B_OR, 2 * given[f"{ROOT}layers.0.gate.lora_B.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"target_parameters": ["experts.side"]},
+            "target parameter experts.side is no weight of a router or of experts",
+        ),
+        ({"target_parameters": ["experts.up"]}, "experts.lora_A.weight of layers.0.experts.up has shape [12, 5]"),
+        ({"target_parameters": None}, "belongs to no Linear"),
+        ({"use_dora": True}, "use_dora True cannot stand beside target_parameters"),
+        ({"bias": "all"}, "bias all cannot stand beside target_parameters"),
+        ({"lora_bias": True}, "lora_bias True cannot stand beside target_parameters"),
+        ({"r": 2}, "has shape [12, 5], this base needs [8, 5]"),
+        ({"rank_pattern": {"down": 65}}, "rank 65 of layers.0.experts.down is above max_rank 64"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_experts_is_refused(changes: dict[str, Any], reason: str) -> None:
+    assert reason in refusal("lora", mixture_tensors(), **{**MIXTURE, **changes})
+
+
+def test_every_tensor_of_experts_that_is_missing_or_left_over_is_named() -> None:
+    for name in mixture_tensors():
+        given = mixture_tensors()
+        del given[name]
+        assert refusal("lora", given, **MIXTURE).endswith(f"lacks {name}")
+        given = {**mixture_tensors(), name: torch.full_like(mixture_tensors()[name], torch.inf)}
+        assert "is no finite number" in refusal("lora", given, **MIXTURE)
+    given = {**mixture_tensors(), f"{ROOT}layers.1.experts.lora_A.weight": torch.ones(1)}
+    assert "layers.1.experts.lora_A.weight belongs to no Linear of this base" in refusal("lora", given, **MIXTURE)
