@@ -103,6 +103,8 @@ def fuse_command(
         return
     metrics = fused.metrics
     typer.echo(f"relative error against the exact sum of the deltas: {metrics['relative_error']:.3g}{worst(metrics)}")
+    if metrics.get("linears_below_energy"):
+        typer.echo(f"{metrics['linears_below_energy']} Linears keep less than was asked, at the largest rank")
     if method.value not in (*EXACT, FuseMethod.SVD):
         typer.echo(f"against the merge itself, which the rank cuts: {metrics['rank_error']:.3g}")
     typer.echo(f"{pushed.name}@{pushed.version} {pushed.digest}")

@@ -36,7 +36,7 @@ from trainer.base import NO_REMOTE_CODE, choose_device, library_versions, open_b
 from trainer.card import extraction_card
 from trainer.errors import ExtractionRefused
 from trainer.export import SCHEMA_VERSION
-from trainer.factors import Chooser, Factors, at_most, compress_dense, share_of_energy, stored
+from trainer.factors import ROUNDING, Chooser, Factors, at_most, compress_dense, share_of_energy, stored
 from trainer.parents import differences
 from trainer.progress import SILENT, Counter, counted
 
@@ -232,7 +232,9 @@ def decomposed(pair: Pair, plan: Plan, turned: bool, device: torch.device) -> Fo
     difference_OI = difference.mT if turned else difference
     factors = stored(compress_dense(difference_OI, plan.choose))
     size, error = _norm(difference_OI), _norm(difference_OI - factors.dense())
-    short = plan.energy is not None and 1 - (error / size) ** 2 < plan.energy and factors.rank == plan.max_rank
+    short = (
+        plan.energy is not None and 1 - (error / size) ** 2 < plan.energy - ROUNDING and factors.rank == plan.max_rank
+    )
     return Found(factors, size, error, short)
 
 

@@ -35,6 +35,7 @@ from trainer.errors import FusionRefused
 from trainer.export import SCHEMA_VERSION
 from trainer.factors import (
     CANCELLED,
+    ROUNDING,
     Chooser,
     Factors,
     at_most,
@@ -230,7 +231,7 @@ def fused_linears(
     biases = fused_biases(parents, deltas, plan)
     if not linears and not biases:
         raise FusionRefused("nothing is left: the deltas cancel each other out")
-    return linears, biases, errors(measured)
+    return linears, biases, errors(measured) | below_energy(measured, plan.energy)
 
 
 def fused_linear(
@@ -321,6 +322,14 @@ def errors(measured: Mapping[str, Measured]) -> dict[str, Any]:
             for module, one in measured.items()
         },
     }
+
+
+def below_energy(measured: Mapping[str, Measured], energy: float | None) -> dict[str, int]:
+    """How many Linears keep less than was asked, because max_rank cut them off."""
+    if energy is None:
+        return {}
+    kept = [1 - share(one.cut, one.merged) ** 2 for one in measured.values()]
+    return {"linears_below_energy": sum(one < energy - ROUNDING for one in kept)}
 
 
 def scale_errors(scales: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, DeloraConfig, IA3Config, LoHaConfig, LoraConfig, MissConfig, PeftModel, VeraConfig
 from peft import get_peft_model as adapted
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -136,8 +136,15 @@ def make_bench(base: Path, root: Path, configs: Mapping[str, Any]) -> Bench:
 
 @pytest.fixture(scope="module")
 def bench(make_base: MakeBase, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """Qwen2 has biases at q, k and v."""
-    return make_bench(make_base(model_type="qwen2"), tmp_path_factory.mktemp("bench"), CONFIGS)
+    """Qwen2 has biases at q, k and v; a fresh one's are zero, which would hide how they are read."""
+    base = make_base(model_type="qwen2")
+    tensors = load_file(base / "model.safetensors")
+    torch.manual_seed(0)
+    tensors = {
+        name: tensor + torch.randn_like(tensor) if "bias" in name else tensor for name, tensor in tensors.items()
+    }
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return make_bench(base, tmp_path_factory.mktemp("bench"), CONFIGS)
 
 
 @pytest.mark.parametrize("method", ["cat", "linear"])
@@ -169,8 +176,9 @@ def test_linear_finds_the_rank_that_cat_does_not(bench: Bench, tmp_path: Path) -
         made, _, _ = bench.fuse("plain+scaled*0.5", Plan(method), tmp_path / method)
         ranks[method] = {one["rank"] for one in made.metrics["linears"].values()}
     assert ranks == {"cat": {8}, "linear": {4}}
-    with pytest.raises(FusionRefused, match="the deltas cancel each other out"):
-        bench.fuse("plain*3+scaled*-8", Plan("linear"), tmp_path / "none")
+    for method in ("cat", "linear"):
+        with pytest.raises(FusionRefused, match="the deltas cancel each other out"):
+            bench.fuse("plain*3+scaled*-8", Plan(method), tmp_path / f"no {method}")
 
 
 def peft_merge(bench: Bench, names: list[str], weights: list[float], method: str, **options: Any) -> Maps:
@@ -226,6 +234,14 @@ def test_an_approximation_tells_its_error(bench: Bench, tmp_path: Path) -> None:
         assert relative[made.metrics["worst_linear"]] == pytest.approx(max(relative.values()), rel=1e-4)
         if plan.energy is not None:
             assert max(relative.values()) <= (1 - plan.energy) ** 0.5 + TOLERANCE
+
+
+def test_a_rank_that_cuts_the_energy_off_is_counted(bench: Bench, tmp_path: Path) -> None:
+    for limit in (6, 2):
+        made, _, _ = bench.fuse("plain+other", Plan("svd", energy=0.99), tmp_path / str(limit), max_rank=limit)
+        below = [name for name, one in made.metrics["linears"].items() if one["relative_error"] ** 2 > 0.01]
+        assert made.metrics["linears_below_energy"] == len(below)
+        assert bool(below) == (limit == 2)
 
 
 def test_ia3_is_summed_around_one(bench: Bench, tmp_path: Path) -> None:
