@@ -250,7 +250,7 @@ def mixture_tensors() -> dict[str, Tensor]:
     return {f"{ROOT}layers.0.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
 
 
-MIXTURE = {"target_parameters": ["experts.up", "experts.down", "gate.weight"]}
+MIXTURE: dict[str, Any] = {"target_parameters": ["experts.up", "experts.down", "gate.weight"]}
 
 
 def test_an_expert_has_its_own_rows_of_a_and_its_own_columns_of_b() -> None:
