@@ -47,6 +47,7 @@ class Destination:
 
 def register(app: typer.Typer) -> None:
     app.command("train")(train_command)
+    app.command("import")(import_command)
 
 
 def train_command(
@@ -114,6 +115,19 @@ def train_command(
         result = run(read, destination, existing, checkpoint_steps, threads, device)
         version = push_result(result, read, destination) if destination.push else None
     typer.echo(result_json(result, destination, version) if as_json else result_text(result, destination, version))
+
+
+def import_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that AdapterHub's `adapters` library saved.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, for `hub push`.")],
+    base: Annotated[str | None, typer.Option(help="The base; default: the one that the folder names.")] = None,
+) -> None:
+    """Convert an adapter of AdapterHub's library into one that `hub push` takes, exactly or not at all."""
+    from trainer.adapterhub.command import import_folder
+
+    with failures_on_stderr():
+        kind = import_folder(folder, out, base)
+    typer.echo(f"{kind} adapter in {out}; hub push {out} NAME puts it into the hub")
 
 
 def run(
