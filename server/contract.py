@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.primitives.graft import Graft
+from server.primitives.prefix import Prefix
 from server.records import Event, GenerationRequest, Mixture
 
 
@@ -19,6 +20,10 @@ class Lease(Protocol):
     @property
     def grafts(self) -> Sequence[tuple[Graft, float]]:
         """What the mixture is made of; for the engine alone."""
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The virtual tokens of the whole mixture, one adapter's after the other's; for the engine alone."""
 
     @property
     def virtual_tokens(self) -> int:

@@ -6,7 +6,6 @@ as leased digests, and events leave as numbers. Text is made of them in `server.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,15 +31,6 @@ class Mixture:
     """The adapters of one request with their weights; no terms means the bare base."""
 
     terms: tuple[AdapterTerm, ...] = ()
-
-    @property
-    def salt(self) -> str:
-        """What every prefix-cache key of this mixture starts with: equal exactly when the deltas are equal.
-
-        Law: neither the order of the terms nor a term of weight zero changes the deltas, so neither changes the salt.
-        """
-        parts = sorted(f"{term.digest}*{term.weight!r}" for term in self.terms if term.weight)
-        return hashlib.sha256("+".join(parts).encode()).hexdigest() if parts else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,9 @@ The training loop knows only this protocol. What is loaded behaves like a PeftMo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import get_peft_model
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from trainer.encode import Encoded
 from trainer.evaluate import pad_right
+from trainer.export import settle_config
 from trainer.modules.attach import FAMILIES, put_on, write
 from trainer.modules.loreft import PROMPT_LENGTHS
 
 # Batches of the rows that will be trained on, for what is initialised from data.
 Batches = Callable[[], Iterable[Mapping[str, Tensor]]]
-SETS: Final = ("target_modules", "feedforward_modules")  # PEFT writes them in the order of a set
 
 
 def no_batches() -> Iterable[Mapping[str, Tensor]]:
@@ -70,15 +69,7 @@ class PeftTuner:
     def save(self, model: Any, folder: Path, base_name: str) -> None:
         """Save what PEFT saves, with the base by the name that the user gave and every list in order."""
         model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-        path = folder / "adapter_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = base_name
-        if config.get("tokenizer_name_or_path") is not None:
-            config["tokenizer_name_or_path"] = base_name
-        for field in SETS:
-            if isinstance(config.get(field), list):
-                config[field] = sorted(config[field])
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        settle_config(folder, base_name)
         (folder / "README.md").unlink(
             missing_ok=True
         )  # PEFT's template; ours is written when there is something to say

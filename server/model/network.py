@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from server.model.attention import AttentionPlan, Span
-from server.model.grafted import GraftedLinear
+from server.model.grafted import GraftedEmbedding, GraftedLinear
 from server.model.kv import KvCache
 from server.model.weights import base_weight
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
-from server.primitives.site import Active, SiteOperand, SiteShape
+from server.primitives.site import Active, EmbeddingShape, NormShape, SiteOperand, SiteShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Batch:
     wanted_R: Tensor
     gates: Gates | None
     operands: Mapping[str, SiteOperand]
+    wanted_gates: Gates | None = None  # those of wanted_R, for the output head
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class BaseFacts:
     name: str
     layers: tuple[LayerShape, ...]
     sites: Mapping[str, SiteShape]
+    norms: Mapping[str, NormShape]
+    embedding: EmbeddingShape | None
     hidden_size: int
     vocab_size: int
     context: int
@@ -58,6 +61,7 @@ class Network:
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
         self._active.operands, self._active.gates = batch.operands, batch.gates
+        self._active.wanted_gates = batch.wanted_gates
         out = self._stock(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
@@ -68,27 +72,32 @@ class Network:
         return out.logits[0].float()
 
     @torch.inference_mode()
-    def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int) -> Prefix:
-        """The KV that virtual tokens leave in the bare base at positions 0..V-1."""
-        count = embeddings_VE.shape[0]
-        cache = self.new_cache(-(-count // block_size), block_size)
-        positions = torch.arange(count, device=self.facts.device)
+    def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int, after: Prefix | None = None) -> Prefix:
+        """The KV that virtual tokens leave in the bare base, at the first positions or behind another prefix."""
+        start = after.length if after is not None else 0
+        stop = start + embeddings_VE.shape[0]
+        cache = self.new_cache(-(-stop // block_size), block_size)
+        if after is not None:
+            cache.load(after, (0, start), range(start))
+        positions = torch.arange(start, stop, device=self.facts.device)
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
-        plan = AttentionPlan(cache, positions, None, None, [Span(count, count, blocks)])
-        self._active.operands, self._active.gates = {}, None
+        plan = AttentionPlan(cache, positions, None, None, [Span(stop - start, stop, blocks)])
+        self._active.operands, self._active.gates, self._active.wanted_gates = {}, None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=positions[-1:],
+            logits_to_keep=torch.zeros(1, dtype=torch.long, device=self.facts.device),  # nobody reads them
             graft_plan=plan,
         )
-        return cache.read(range(count))
+        return cache.read(range(start, stop))
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
-        """The (O, I) weight of a grafted Linear in fp32, not to be written to."""
+        """The (O, I) weight of a grafted Linear, or the embedding's, in fp32, not to be written to."""
         grafted = self._stock.get_submodule(name)
+        if isinstance(grafted, GraftedEmbedding):
+            return grafted.weight.detach().float()
         assert isinstance(grafted, GraftedLinear)
         return base_weight(grafted.base)
 

@@ -115,9 +115,8 @@ def _reads(config: Mapping[str, Any]) -> str:
         found = "output" if after else None
     if found is None:
         raise ImportRefused([
-            f"original_ln_before {before}, original_ln_after {after} and residual_before_ln {residual} together drop the "
-    residual = config["residual_before_ln"]
-            "residual stream or add it twice"
+            f"original_ln_before {before}, original_ln_after {after} and residual_before_ln {residual} together drop "
+            "the residual stream or add it twice"
         ])  # fmt: skip
     return found
 

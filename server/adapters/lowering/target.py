@@ -13,13 +13,19 @@ import torch
 from torch import Tensor
 
 from server.errors import AdapterIncompatible
+from server.policy.reach import EVERYWHERE, Reach
+from server.primitives.delta import Delta
 from server.primitives.prefix import LayerShape, Prefix
-from server.primitives.site import SiteShape, SiteValue
+from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised."""
+    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
+
+    `sites` are its Linears, the output head among them. Norms and an embedding that the base does not compute as its
+    adapters need are missing here.
+    """
 
     sites: Mapping[str, SiteShape]
     layers: tuple[LayerShape, ...]
@@ -29,6 +35,8 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    norms: Mapping[str, NormShape] = field(default_factory=dict)
+    embedding: EmbeddingShape | None = None
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
@@ -38,14 +46,23 @@ class Target:
             raise AdapterIncompatible(f"a value of {largest:.2g} is no finite number in {self.dtype}")
         return placed
 
+    def place_delta(self, delta: Delta) -> Delta:
+        """On the device: a dense one in its dtype, a sparse one in fp32."""
+        if delta.matrix_OI.layout != torch.sparse_csr:
+            return Delta(self.place(delta.matrix_OI), delta.rows_N)
+        if not delta.matrix_OI.values().isfinite().all():
+            raise AdapterIncompatible("a value of a sparse delta is no finite number in torch.float32")
+        return Delta(delta.matrix_OI.to(self.device), delta.rows_N)
+
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives, or a soft prompt that the base must still turn into a prefix."""
+    """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix."""
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
+    reach: Reach = EVERYWHERE
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]
