@@ -79,11 +79,13 @@ def train_command(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; each method has its own.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Leave out rows of more tokens than this.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    rank: Annotated[int | None, typer.Option(help="lora: the rank.")] = None,
+    rank: Annotated[int | None, typer.Option(help="lora and its like, loreft: the rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora: alpha.")] = None,
-    targets: Annotated[str | None, typer.Option(help="lora, ia3: the modules to adapt, with commas.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="lora, ia3 and others: the modules to adapt, with commas.")
+    ] = None,
     virtual_tokens: Annotated[int | None, typer.Option(help="prefix, prompt, p-tuning: how many.")] = None,
-    init: Annotated[str | None, typer.Option(help="prefix, prompt: the first values.")] = None,
+    init: Annotated[str | None, typer.Option(help="lora, prefix, prompt: the first values.")] = None,
     init_text: Annotated[
         str | None, typer.Option(help="prompt: the text whose embeddings are the first values.")
     ] = None,
@@ -222,11 +224,12 @@ def check_push(destination: Destination, recipe: Recipe) -> None:
         raise BadReference(f"--push {destination.push}: a name is wanted, without a version or alias")
     open_hub()
     limits = Limits()
-    problems = [
-        f"{option} {value} is above the hub's limit of {limit}"
-        for option, limit in (("rank", limits.max_rank), ("virtual_tokens", limits.max_virtual_tokens))
-        if (value := getattr(recipe.options, option, 0)) > limit
-    ]
+    options = recipe.options
+    sizes = (
+        ("rank", getattr(options, "saved_rank", getattr(options, "rank", 0)), limits.max_rank),
+        ("virtual_tokens", getattr(options, "virtual_tokens", 0), limits.max_virtual_tokens),
+    )
+    problems = [f"{name} {size} is above the hub's limit of {limit}" for name, size, limit in sizes if size > limit]
     if problems:
         raise RecipeInvalid(f"--push {destination.push}", problems)
 

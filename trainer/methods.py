@@ -10,14 +10,22 @@ Law: whatever `problems` lets through, PEFT trains; whatever it lists was refuse
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from pydantic import Field, model_validator
 
 from trainer.anatomy import Anatomy
 from trainer.families.edits import BOTTLENECK, LOREFT
+from trainer.families.linears import LINEARS
 from trainer.families.sparse import DIFF_PRUNING, LT_SFT
 from trainer.method import Method, Options, Plan, unknown_targets
+
+if TYPE_CHECKING:
+    from trainer.tuner import Tuner
+
+
+REWRITES: Final = ("olora", "pissa", "corda", "lora_ga")  # initialisations that take their start off the base
+LINEAR_ONLY: Final = ("eva", "olora", "corda", "lora_ga")
 
 
 class LoraOptions(Options):
@@ -26,9 +34,35 @@ class LoraOptions(Options):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the factors")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     dora: bool = Field(False, description="train the length of every row of the weight apart from its direction (DoRA)")
+    init: Literal[
+        "default",
+        "gaussian",
+        "orthogonal",
+        "eva",
+        "olora",
+        "pissa",
+        "pissa_niter_4",
+        "pissa_niter_16",
+        "corda",
+        "lora_ga",
+    ] = Field("default", description="where the factors start; the last six are saved as a LoRA of twice the rank")
     targets: tuple[str, ...] | None = Field(
         None, min_length=1, description="modules to adapt; default: every linear one"
     )
+
+    @property
+    def saved_rank(self) -> int:
+        return 2 * self.rank if self.init.startswith(REWRITES) else self.rank
+
+    @model_validator(mode="after")
+    def dora_needs_the_base_as_it_is(self) -> LoraOptions:
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init: orthogonal needs an even rank, not {self.rank}")
+        if self.dora and self.init.startswith(REWRITES):
+            raise ValueError(
+                f"dora and init: {self.init} exclude each other: it changes the weight whose rows DoRA measures"
+            )
+        return self
 
 
 class Ia3Options(Options):
@@ -96,9 +130,18 @@ class PTuningOptions(VirtualTokens):
 
 
 def lora_config(options: LoraOptions, anatomy: Anatomy) -> Any:
-    from peft import LoraConfig
+    from peft import EvaConfig, LoraConfig
+    from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 
+    # One rank for every module: EVA's own rho would move rank between them.
+    settings: dict[str, dict[str, Any]] = {
+        "eva": {"eva_config": EvaConfig(rho=1.0)},
+        "corda": {"corda_config": CordaConfig()},
+        "lora_ga": {"lora_ga_config": LoraGAConfig()},
+    }
     return LoraConfig(
+        init_lora_weights=True if options.init == "default" else options.init,
+        **settings.get(options.init, {}),
         task_type="CAUSAL_LM",
         r=options.rank,
         lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
@@ -111,7 +154,16 @@ def lora_config(options: LoraOptions, anatomy: Anatomy) -> Any:
 
 
 def lora_problems(options: LoraOptions, anatomy: Anatomy, plan: Plan) -> list[str]:
-    return unknown_targets(options.targets or (), anatomy)
+    problems = unknown_targets(options.targets or (), anatomy)
+    if anatomy.conv1d and options.init in LINEAR_ONLY:
+        problems.append(f"init {options.init} is not for Conv1D modules, which {anatomy.architecture} has")
+    return problems
+
+
+def lora_tuner() -> Tuner:
+    from trainer.lora_tuner import LoraTuner
+
+    return LoraTuner()
 
 
 def ia3_config(options: Ia3Options, anatomy: Anatomy) -> Any:
@@ -246,7 +298,7 @@ METHODS: Final[Mapping[str, Method]] = {
         Method(
             "lora",
             "adds a product of two thin matrices to linear modules; teaches new skills",
-            LoraOptions, 1e-3, lora_config, lora_problems,
+            LoraOptions, 1e-3, lora_config, lora_problems, lora_tuner,
         ),
         Method(
             "ia3",
@@ -268,6 +320,7 @@ METHODS: Final[Mapping[str, Method]] = {
             "prompt tuning through a small network, which is folded in at export",
             PTuningOptions, 1e-3, p_tuning_config, p_tuning_problems,
         ),
+        *LINEARS,
         BOTTLENECK,
         LOREFT,
         LT_SFT,
