@@ -78,6 +78,7 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
         weight=network.weight,
         norms=facts.norms,
         embedding=facts.embedding,
+        places=facts.places,
     )
     source = Source(hub, base, default_alias=config.adapters.default_alias, allow=config.adapters.allow)
     adapters = AdapterStore(source, engine, target, config.adapters, metrics, quantized=facts.quantized)

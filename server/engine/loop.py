@@ -28,10 +28,10 @@ from server.errors import AdapterUnavailable, EngineFailed, InvalidValue, Prompt
 from server.model.kv import block_bytes
 from server.model.network import Network
 from server.policy.blocks import BlockPool
-from server.policy.reach import Course, Term, course
+from server.policy.reach import Course, Term, course, nowhere
 from server.policy.schedule import Chunk, Outcome, Scheduler, Step
 from server.policy.schedule import Sequence as ScheduledSequence
-from server.primitives.graft import Graft, prefixed
+from server.primitives.graft import Graft, combined, prefixed
 from server.primitives.prefix import Prefix
 from server.records import Event, Failed, Finished, GenerationRequest, Mixture, PromptScored, Sampled, TokenScore
 
@@ -174,7 +174,7 @@ class EngineLoop:
             max_tokens=0,
             keep_logits=True,
         )
-        async for event in self.submit(request, ProbeLease(((graft, 1.0),))):
+        async for event in self.submit(request, ProbeLease(combined(((graft, 1.0),)))):
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished) and event.logits is not None:
@@ -380,8 +380,7 @@ class EngineLoop:
 def course_of(lease: Lease, prompt: Sequence[int]) -> Course:
     """What each position of a request is computed with. Equal courses over equal tokens leave equal KV."""
     terms = [
-        Term(f"{graft.digest}*{weight!r}" if weight and graft.sites else "", graft.reach)
-        for graft, weight in lease.grafts
+        Term(f"{graft.key}*{weight!r}" if weight and graft.sites else "", graft.reach) for graft, weight in lease.grafts
     ]
     before = ">".join(graft.digest for graft in prefixed(lease.grafts))
     return course(terms, prompt, virtual=lease.virtual_tokens, virtual_label=before)
@@ -391,9 +390,7 @@ def _check_reach(request: GenerationRequest, lease: Lease) -> None:
     """An adapter that would do nothing here is a mistake of the request, and the base's answer no substitute."""
     for graft, weight in lease.grafts:
         if weight and not graft.reach.ranges(request.prompt_ids):
-            raise InvalidValue(
-                f"{graft.label} works from its invocation tokens on, and the prompt does not hold them", param="prompt"
-            )
+            raise InvalidValue(f"{graft.label} {nowhere(graft.reach)}", param="prompt")
 
 
 def _block_count(network: Network, config: EngineConfig, max_model_len: int) -> int:

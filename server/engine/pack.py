@@ -91,7 +91,7 @@ def _gate_rows(
     """A row for each phase of the sequence that the chunk has a part in: (token count, [(column, weight), ...])."""
     for count, indices in pieces(chunk.sequence.course, chunk.start, chunk.start + chunk.count):
         at_work = [mixture[index] for index in indices]
-        yield count, [(columns[graft.digest], weight) for graft, weight in at_work if graft.digest in columns]
+        yield count, [(columns[graft.key], weight) for graft, weight in at_work if graft.key in columns]
 
 
 def _used(chunk: Chunk, block_size: int) -> list[int]:

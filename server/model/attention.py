@@ -79,9 +79,10 @@ class AttentionPlan:
 
 @dataclass(slots=True)
 class ShapeRecorder:
-    """Stands in for a plan on the first probe: notes each layer's shapes and attends the whole prompt at once."""
+    """Stands in for a plan on the first probe: notes each layer's shapes and module, and attends nowhere."""
 
     layers: dict[int, LayerShape] = field(default_factory=dict)
+    modules: dict[int, nn.Module] = field(default_factory=dict)
 
 
 class UnsupportedAttention(ValueError):
@@ -117,6 +118,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(graft_plan, ShapeRecorder):
         graft_plan.layers[layer] = LayerShape(key.shape[1], key.shape[3])
+        graft_plan.modules[layer] = module
         return query.transpose(1, 2).contiguous(), None
     graft_plan.seen += 1
     graft_plan.cache.write(layer, graft_plan.rows_T, key[0], value[0])

@@ -9,6 +9,7 @@ transformers only logs a warning for architectures that ignore the interface, an
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from server.model.attention import ShapeRecorder, UnsupportedAttention
 from server.model.grafted import graft_network
 from server.model.network import BaseFacts, Batch, Network, span_plan
 from server.model.norms import norm_inputs
+from server.model.places import Places, find_anatomy
 from server.primitives.site import Active
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     depth = int(shape.get_text_config().num_hidden_layers)
     if sorted(recorder.layers) != list(range(depth)):
         raise StartupRefused(f"base {name}: attention ran in layers {sorted(recorder.layers)}, the base has {depth}")
+    again = partial(_record, stock, probes[0].to(device), name)
+    places = Places(find_anatomy(stock, recorder.modules, again), active)
     with torch.no_grad():
         sites = graft_network(stock, active, seen, [len(ids) for ids in probes])
     facts = BaseFacts(
@@ -66,6 +70,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         sites=sites.linears,
         norms=sites.norms,
         embedding=sites.embedding,
+        places=places.names,
         hidden_size=stock.get_input_embeddings().weight.shape[1],  # type: ignore[operator]
         vocab_size=expected[0].shape[-1],
         context=int(shape.get_text_config().max_position_embeddings),
@@ -74,7 +79,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         device=device,
         quantized=config.quantize != "none",
     )
-    network = Network(stock, facts, active)
+    network = Network(stock, facts, active, places)
     _prove(network, probes, expected)
     return network
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from server.model.attention import AttentionPlan, Span
 from server.model.grafted import GraftedEmbedding, GraftedLinear
 from server.model.kv import KvCache
+from server.model.places import Places
 from server.model.weights import base_weight
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
@@ -42,6 +43,7 @@ class BaseFacts:
     sites: Mapping[str, SiteShape]
     norms: Mapping[str, NormShape]
     embedding: EmbeddingShape | None
+    places: frozenset[str]
     hidden_size: int
     vocab_size: int
     context: int
@@ -52,9 +54,10 @@ class BaseFacts:
 
 
 class Network:
-    def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active) -> None:
+    def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active, places: Places) -> None:
         self._stock = stock
         self._active = active
+        self._places = places
         self.facts = facts
 
     @torch.inference_mode()
@@ -62,6 +65,7 @@ class Network:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
         self._active.operands, self._active.gates = batch.operands, batch.gates
         self._active.wanted_gates = batch.wanted_gates
+        self._places.arm(batch.operands)
         out = self._stock(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],

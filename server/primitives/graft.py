@@ -18,6 +18,7 @@ class Graft:
     """An adapter on the device. `sites` is keyed by the Linear's name in the base; `reach` says at which tokens.
 
     `soft_prompt_VE` are the embeddings that `prefix` was made of, needed again when another prefix stands before it.
+    `beside` are parts of the same adapter that reach other tokens, each with a `part`; a mixture has them as terms.
     """
 
     digest: str
@@ -26,6 +27,13 @@ class Graft:
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
     reach: Reach = EVERYWHERE
+    part: str = ""
+    beside: tuple[Graft, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What no other graft has: several parts of one adapter have the same digest."""
+        return self.digest + self.part
 
     @property
     def bytes(self) -> int:
@@ -33,7 +41,8 @@ class Graft:
         prefix = (self.prefix.bytes if self.prefix else 0) + (
             self.soft_prompt_VE.nbytes if self.soft_prompt_VE is not None else 0
         )
-        return sum(value.bytes for value in self.sites.values()) + prefix
+        beside = sum(other.bytes for other in self.beside)
+        return sum(value.bytes for value in self.sites.values()) + prefix + beside
 
     @property
     def virtual_tokens(self) -> int:
@@ -41,12 +50,14 @@ class Graft:
 
 
 def combined(terms: Sequence[tuple[Graft, float]]) -> tuple[tuple[Graft, float], ...]:
-    """One term for each digest: two references to the same bytes are one adapter with the sum of their weights."""
+    """One term for each part of an adapter: two references to the same bytes are one, with the sum of their weights."""
     weights: dict[str, float] = {}
-    for graft, weight in terms:
-        weights[graft.digest] = weights.get(graft.digest, 0.0) + weight
-    grafts = {graft.digest: graft for graft, _ in terms}
-    return tuple((grafts[digest], weight) for digest, weight in weights.items())
+    grafts: dict[str, Graft] = {}
+    for whole, weight in terms:
+        for graft in (whole, *whole.beside):
+            weights[graft.key] = weights.get(graft.key, 0.0) + weight
+            grafts[graft.key] = graft
+    return tuple((grafts[key], weight) for key, weight in weights.items())
 
 
 def prefixed(terms: Sequence[tuple[Graft, float]]) -> list[Graft]:

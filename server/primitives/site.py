@@ -11,6 +11,8 @@ An embedding is a Linear whose input is one-hot, so that its products are look-u
 
     y = E[id];  y = scale_out(y);  y += lowrank(id);  y += delta(id)
     y = norm(x);  y += gain(n);  y += bias, with n the normalised x
+
+A place on the residual stream is a Site, too, and has an edit instead (`server.model.places`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from server.primitives import bias, delta, gain, lowrank, rotate, scale
+from server.primitives import bias, delta, edit, gain, lowrank, rotate, scale
 from server.primitives.gates import Gates
 
 
@@ -59,7 +61,7 @@ class EmbeddingShape:
 
 @dataclass(frozen=True, slots=True)
 class SiteValue:
-    """What one adapter does at one module."""
+    """What one adapter does at one module, or at one place on the residual stream."""
 
     scale_in: scale.Scale | None = None
     scale_out: scale.Scale | None = None
@@ -69,11 +71,12 @@ class SiteValue:
     rotate_in: rotate.Rotate | None = None
     rotate_out: rotate.Rotate | None = None
     gain: gain.Gain | None = None
+    edit: edit.Edit | None = None
 
     @property
     def bytes(self) -> int:
         transforms = (self.scale_in, self.scale_out, self.rotate_in, self.rotate_out)
-        parts = (*transforms, self.lowrank, self.bias, self.delta, self.gain)
+        parts = (*transforms, self.lowrank, self.bias, self.delta, self.gain, self.edit)
         return sum(part.bytes for part in parts if part is not None)
 
     @property
@@ -97,6 +100,7 @@ class SiteOperand:
     rotate_in: rotate.RotateOperand | None
     rotate_out: rotate.RotateOperand | None
     gain: gain.GainOperand | None
+    edit: edit.EditOperand | None
 
 
 @dataclass(slots=True)
@@ -121,6 +125,7 @@ def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
     turns_in = [(column, value.rotate_in) for column, value in values if value.rotate_in is not None]
     turns_out = [(column, value.rotate_out) for column, value in values if value.rotate_out is not None]
     gains = [(column, value.gain) for column, value in values if value.gain is not None]
+    edits = [(column, value.edit) for column, value in values if value.edit is not None]
     return SiteOperand(
         scale.pack(ins) if ins else None,
         scale.pack(outs) if outs else None,
@@ -130,6 +135,7 @@ def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
         rotate.pack(turns_in) if turns_in else None,
         rotate.pack(turns_out) if turns_out else None,
         gain.pack(gains) if gains else None,
+        edit.pack(edits) if edits else None,
     )
 
 

@@ -27,7 +27,7 @@ from server.model.network import Network
 from server.policy.blocks import BlockPool
 from server.policy.schedule import Scheduler
 from server.policy.schedule import Sequence as Scheduled
-from server.primitives.graft import Graft, prefixed
+from server.primitives.graft import Graft, combined, prefixed
 from server.primitives.prefix import Prefix
 from tests.oracle.kinds import Row, make_adapter, rows
 
@@ -173,6 +173,7 @@ class Bench:
             self.network.weight,
             facts.norms,
             facts.embedding,
+            facts.places,
         )
 
     def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:
@@ -183,7 +184,7 @@ class Bench:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)
-        return Graft(digest or str(folder), folder.name, lowered.sites, prefix, lowered.soft_prompt_VE, lowered.reach)
+        return lowered.graft(digest or str(folder), folder.name, prefix)
 
     def joined(self, mixture: Sequence[tuple[Graft, float]]) -> Prefix | None:
         """What the adapter store does with several prefixes."""
@@ -202,16 +203,16 @@ class Bench:
         cache = self.network.new_cache(self.blocks, self.block_size)
         bank = Bank()
         scheduler = Scheduler(pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=64)
-        grafts: dict[int, list[tuple[Graft, float]]] = {}
+        grafts: dict[int, Sequence[tuple[Graft, float]]] = {}
         logits: dict[int, list[Tensor]] = {}
         for index, (ids, mixture) in enumerate(requests):
-            lease = ProbeLease(tuple(mixture))
+            lease = ProbeLease(combined(mixture))
             sequence = Scheduled(
                 index, list(ids), len(ids), new, course_of(lease, ids), lease.virtual_tokens, reuse=False
             )
             scheduler.add(sequence)
             self.sequences[index] = sequence
-            grafts[index], logits[index] = mixture, []
+            grafts[index], logits[index] = lease.grafts, []
         while scheduler.running or scheduler.waiting:
             step = scheduler.plan()
             assert step.chunks, "the scheduler stands still"

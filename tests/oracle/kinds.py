@@ -30,6 +30,8 @@ from peft import (
     get_peft_model,
 )
 
+from tests.oracle.edited import Edited, edit_configs, loreft_configs, write_edits
+
 if TYPE_CHECKING:
     from tests.oracle.conftest import TinyBase
 
@@ -76,6 +78,11 @@ class Row:
     def virtual(self) -> bool:
         """Virtual tokens ahead of the sequence, and no change of a Linear."""
         return self.kind in ("prefix", "prompt", "p-tuning")
+
+    @property
+    def edits(self) -> bool:
+        """Of the residual stream, and no change of a Linear: `config` is in our own format, which PEFT cannot load."""
+        return isinstance(self.config, dict)
 
 
 def rows(architecture: str) -> dict[str, Row]:
@@ -212,12 +219,18 @@ def rows(architecture: str) -> dict[str, Row]:
             ),
         ),
     }
+    edits = {**edit_configs(), **loreft_configs()}
+    made |= {name: Row(config["peft_type"].lower(), config) for name, config in edits.items()}
     return {name: row for name, row in made.items() if not (row.linear_only and architecture in CONV1D)}
 
 
-def make_adapter(base: TinyBase, row: Row, folder: Path, seed: int) -> PeftModel:
-    """An adapter with random, visible weights, saved to `folder`; returned as PEFT loads it from there."""
+def make_adapter(base: TinyBase, row: Row, folder: Path, seed: int) -> Any:
+    """An adapter with random, visible weights, saved to `folder`; returned as it is loaded from there."""
     torch.manual_seed(seed)
+    if row.edits:
+        stock: Any = base.fresh()
+        write_edits(folder, row.config, layers=stock.config.num_hidden_layers, hidden=stock.config.hidden_size)
+        return Edited(stock, base.architecture, [(folder, 1.0)]).eval()
     model = get_peft_model(base.fresh(), row.config)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -11,12 +11,14 @@ from torch import Tensor
 from server.adapters.lowering.adalora import lower_adalora
 from server.adapters.lowering.beft import lower_beft
 from server.adapters.lowering.bitfit import lower_bitfit
+from server.adapters.lowering.bottleneck import lower_bottleneck
 from server.adapters.lowering.delora import lower_delora
 from server.adapters.lowering.hra import lower_hra
 from server.adapters.lowering.ia3 import lower_ia3
 from server.adapters.lowering.ln_tuning import lower_ln_tuning
 from server.adapters.lowering.loha import lower_loha
 from server.adapters.lowering.lora import lower_lora
+from server.adapters.lowering.loreft import lower_loreft
 from server.adapters.lowering.miss import lower_miss
 from server.adapters.lowering.prompts import lower_prefix, lower_soft_prompt
 from server.adapters.lowering.target import Lowered, Lowering, Target
@@ -42,6 +44,8 @@ LOWERINGS: Mapping[str, Lowering] = {
     "prefix": lower_prefix,
     "prompt": lower_soft_prompt,
     "p-tuning": lower_soft_prompt,
+    "bottleneck": lower_bottleneck,
+    "loreft": lower_loreft,
 }
 
 

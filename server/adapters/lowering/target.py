@@ -15,6 +15,7 @@ from torch import Tensor
 from server.errors import AdapterIncompatible
 from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.delta import Delta
+from server.primitives.graft import Graft
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
 
@@ -25,6 +26,7 @@ class Target:
 
     `sites` are its Linears, the output head among them. Norms and an embedding that the base does not compute as its
     adapters need are missing here.
+    `places` are those on the residual stream that this base was seen to have.
     """
 
     sites: Mapping[str, SiteShape]
@@ -37,6 +39,7 @@ class Target:
     weight: Callable[[str], Tensor]
     norms: Mapping[str, NormShape] = field(default_factory=dict)
     embedding: EmbeddingShape | None = None
+    places: frozenset[str] = frozenset()
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
@@ -57,12 +60,24 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix."""
+    """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix.
+
+    `sites` holds edits by their place. `beside` are parts of the same adapter that work at other tokens.
+    """
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
     reach: Reach = EVERYWHERE
+    beside: tuple[Lowered, ...] = ()
+
+    def graft(self, digest: str, label: str, prefix: Prefix | None) -> Graft:
+        """The adapter whole; `prefix` is its own, or what the base made of its soft prompt."""
+        beside = tuple(
+            Graft(digest, label, other.sites, reach=other.reach, part=f"#{index}")
+            for index, other in enumerate(self.beside)
+        )
+        return Graft(digest, label, self.sites, prefix, self.soft_prompt_VE, self.reach, beside=beside)
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]

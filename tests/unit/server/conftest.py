@@ -198,6 +198,7 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             network.weight,
             facts.norms,
             facts.embedding,
+            facts.places,
         )
         metrics = Metrics()
         source = Source(hub, describe_base(base, name=str(base)), default_alias=config.default_alias)
