@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trainer.anatomy import Anatomy
 from trainer.method import Method, Options, Plan, unknown_targets
+
+if TYPE_CHECKING:
+    from trainer.tuner import Tuner
 
 
 class LinearOptions(Options):
     targets: tuple[str, ...] | None = Field(
         None, min_length=1, description="modules to adapt; default: every linear one"
     )
+
+
+class AdaloraOptions(LinearOptions):
+    rank: int = Field(12, ge=2, description="rank at the start")
+    target_rank: int = Field(8, ge=1, description="mean rank at the end, spread over the modules by importance")
+    alpha: float | None = Field(None, gt=0, description="the delta is scaled by alpha / rank; default: twice the rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the factors")
+    hold_steps: int | None = Field(None, ge=0, description="steps before ranks are cut; default: a tenth of the run")
+    final_steps: int | None = Field(None, ge=0, description="steps after the last cut; default: a third of the run")
+    total_steps: int | None = Field(None, ge=1, description="steps of the run, which is what it is set to")
+
+    @model_validator(mode="after")
+    def something_is_cut(self) -> AdaloraOptions:
+        if self.target_rank >= self.rank:
+            raise ValueError(f"target_rank {self.target_rank} must be below rank {self.rank}")
+        return self
 
 
 class VeraOptions(LinearOptions):
@@ -51,6 +70,39 @@ class BeftOptions(LinearOptions):
 
 def shared(options: LinearOptions, anatomy: Anatomy) -> dict[str, Any]:
     return {"task_type": "CAUSAL_LM", "target_modules": list(options.targets or anatomy.linear_names)}
+
+
+def adalora_config(options: AdaloraOptions, anatomy: Anatomy) -> Any:
+    from peft import AdaLoraConfig
+
+    return AdaLoraConfig(
+        **shared(options, anatomy),
+        init_r=options.rank,
+        target_r=options.target_rank,
+        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
+        lora_dropout=options.dropout,
+        tinit=options.hold_steps or 0,
+        tfinal=options.final_steps or 0,
+        total_step=options.total_steps or 1,
+        fan_in_fan_out=anatomy.conv1d,
+    )
+
+
+def adalora_settled(options: AdaloraOptions, steps: int) -> AdaloraOptions:
+    """Raises ValueError where the phases are longer than the run."""
+    hold = steps // 10 if options.hold_steps is None else options.hold_steps
+    final = steps // 3 if options.final_steps is None else options.final_steps
+    if options.total_steps not in (None, steps):
+        raise ValueError(f"total_steps {options.total_steps} is not what the run has, which is {steps}")
+    if hold + final >= steps:
+        raise ValueError(f"hold_steps {hold} and final_steps {final} leave none of {steps} steps to cut ranks in")
+    return options.model_copy(update={"hold_steps": hold, "final_steps": final, "total_steps": steps})
+
+
+def adalora_tuner() -> Tuner:
+    from trainer.adalora_tuner import AdaloraTuner
+
+    return AdaloraTuner()
 
 
 def vera_config(options: VeraOptions, anatomy: Anatomy) -> Any:
@@ -103,6 +155,11 @@ def problems_without_conv1d(options: LinearOptions, anatomy: Anatomy, plan: Plan
 
 
 LINEARS: Final = (
+    Method(
+        "adalora",
+        "a LoRA whose ranks are cut while it trains, where they matter least; teaches new skills",
+        AdaloraOptions, 2e-3, adalora_config, linear_problems, adalora_tuner, adalora_settled,
+    ),
     Method(
         "vera",
         "trains two vectors beside each linear module, around a random pair of matrices that all share; tiny",

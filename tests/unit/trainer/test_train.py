@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from hub.methods import METHODS as SERVED
 from hub.validate import validate
 from trainer.base import open_base
 from trainer.data import load_dataset
@@ -38,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "loreft": {"rank": 2, "positions": "f2+l3", "dropout": 0.3},
     "lt-sft": {"density": 0.01, "search_steps": 4},
     "diff-pruning": {"density": 0.02, "search_steps": 8},
+    "adalora": {"rank": 3, "target_rank": 2, "dropout": 0.3, "hold_steps": 1, "final_steps": 4},
     "vera": {"rank": 4, "dropout": 0.3},
     "loha": {"rank": 2},
     "hra": {"rank": 2},
@@ -88,6 +90,15 @@ def test_a_run_that_was_stopped_and_resumed_makes_the_same_bytes(
     assert result.resumed_at == 7
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
     assert not work_folder(tmp_path / "resumed").exists()
+
+
+def test_adalora_ends_at_its_target_rank_and_the_hub_accepts_it(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    train(recipe("adalora", tiny_base, chats), tmp_path / "out")
+    kept = [
+        value for name, value in tensors(tmp_path / "out" / "adapter_model.safetensors").items() if "lora_E" in name
+    ]
+    assert sum(len(value) for value in kept) == 2 * len(kept)
+    assert validate(tmp_path / "out", base=tiny_base).kind == "adalora"
 
 
 def test_dora_is_taken_up_where_it_was_and_the_hub_accepts_it(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
@@ -159,6 +170,8 @@ def test_what_is_exported_is_what_peft_loads_and_the_golden_rows_say(
         "README.md", "adapter_config.json", "adapter_model.safetensors",
         "golden.json", "golden.safetensors", "metrics.json", "recipe.json",
     ]  # fmt: skip
+    if json.loads((out / "adapter_config.json").read_text())["peft_type"] in SERVED:
+        validate(out, base=tiny_base)
     base = open_base(str(tiny_base))
     model = load_adapter(out, base, torch.device("cpu"))
     golden = json.loads((out / "golden.json").read_text())["rows"]
