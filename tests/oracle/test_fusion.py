@@ -94,8 +94,17 @@ def set_sum(model: nn.Module, plain: Mapping[str, Affine], terms: list[tuple[Map
         module = model.get_submodule(name)
         weight = weight + sum(share * (other[name][0] - weight) for other, share in terms)
         bias = bias + sum(share * (other[name][1] - bias) for other, share in terms)
-        module.weight = nn.Parameter(weight.t() if isinstance(module, Conv1D) else weight)
+        module.weight = nn.Parameter(_stored(module, weight))
         module.bias = nn.Parameter(bias)
+
+
+def _stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """The parameter that makes a module's effective weight: Gemma's norms add one, its embedding multiplies."""
+    if isinstance(module, nn.Embedding):
+        return weight / getattr(module, "embed_scale", 1)
+    if type(module).__name__.startswith("Gemma"):
+        return weight - 1
+    return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def _answers(module: nn.Module, base: Any) -> Affine:
@@ -113,11 +122,10 @@ def _answers(module: nn.Module, base: Any) -> Affine:
 
 def _inside(module: Any) -> nn.Module:
     """The base's own module, however PEFT has wrapped it."""
-    while True:
-        wrapped = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
-        if wrapped is None:
-            return module  # type: ignore[no-any-return]
-        module = wrapped
+    inside: nn.Module = module
+    while (wrapped := getattr(inside, "base_layer", None) or getattr(inside, "original_module", None)) is not None:
+        inside = wrapped
+    return inside
 
 
 def _logits(model: Any) -> Tensor:
