@@ -18,7 +18,12 @@ from server.errors import InvalidValue
 HIDDEN, LAYERS, RANK = 32, 3, 3
 PROMPT = [3, 9, 4, 11, 5, 6, 2, 8, 12, 13, 7, 21]
 LOREFT = {"peft_type": "LOREFT", "r": RANK, "positions": "f4+l4", "tied_weights": False}
-HOULSBY: dict[str, Any] = {"peft_type": "BOTTLENECK", "places": ["attention", "mlp"], "reads": "output", "bottleneck_size": RANK}
+HOULSBY: dict[str, Any] = {
+    "peft_type": "BOTTLENECK",
+    "places": ["attention", "mlp"],
+    "reads": "output",
+    "bottleneck_size": RANK,
+}
 HOULSBY |= {"non_linearity": "gelu"}
 
 Make = Callable[[Mapping[str, Any]], Path]
