@@ -18,7 +18,8 @@ import typer
 import yaml
 
 from trainer.errors import RecipeInvalid, TrainError
-from trainer.methods import METHODS, Method
+from trainer.method import Method
+from trainer.methods import METHODS
 from trainer.recipe import Recipe, parse_recipe, read_fields
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def register(app: typer.Typer) -> None:
     from trainer.commands import extract_command, fuse_command  # they share this file's parts
 
     app.command("train")(train_command)
+    app.command("import")(import_command)
     app.command("fuse")(fuse_command)
     app.command("extract")(extract_command)
 
@@ -77,11 +79,13 @@ def train_command(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; each method has its own.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Leave out rows of more tokens than this.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
-    rank: Annotated[int | None, typer.Option(help="lora: the rank.")] = None,
+    rank: Annotated[int | None, typer.Option(help="lora and its like, loreft: the rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora: alpha.")] = None,
-    targets: Annotated[str | None, typer.Option(help="lora, ia3: the modules to adapt, with commas.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="lora, ia3 and others: the modules to adapt, with commas.")
+    ] = None,
     virtual_tokens: Annotated[int | None, typer.Option(help="prefix, prompt, p-tuning: how many.")] = None,
-    init: Annotated[str | None, typer.Option(help="prefix, prompt: the first values.")] = None,
+    init: Annotated[str | None, typer.Option(help="lora, prefix, prompt: the first values.")] = None,
     init_text: Annotated[
         str | None, typer.Option(help="prompt: the text whose embeddings are the first values.")
     ] = None,
@@ -117,6 +121,19 @@ def train_command(
         result = run(read, destination, existing, checkpoint_steps, threads, device)
         version = push_result(result, read, destination) if destination.push else None
     typer.echo(result_json(result, destination, version) if as_json else result_text(result, destination, version))
+
+
+def import_command(
+    folder: Annotated[Path, typer.Argument(help="A folder that AdapterHub's `adapters` library saved.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, for `hub push`.")],
+    base: Annotated[str | None, typer.Option(help="The base; default: the one that the folder names.")] = None,
+) -> None:
+    """Convert an adapter of AdapterHub's library into one that `hub push` takes, exactly or not at all."""
+    from trainer.adapterhub.command import import_folder
+
+    with failures_on_stderr():
+        kind = import_folder(folder, out, base)
+    typer.echo(f"{kind} adapter in {out}; hub push {out} NAME puts it into the hub")
 
 
 def run(
@@ -207,11 +224,12 @@ def check_push(destination: Destination, recipe: Recipe) -> None:
         raise BadReference(f"--push {destination.push}: a name is wanted, without a version or alias")
     open_hub()
     limits = Limits()
-    problems = [
-        f"{option} {value} is above the hub's limit of {limit}"
-        for option, limit in (("rank", limits.max_rank), ("virtual_tokens", limits.max_virtual_tokens))
-        if (value := getattr(recipe.options, option, 0)) > limit
-    ]
+    options = recipe.options
+    sizes = (
+        ("rank", getattr(options, "saved_rank", getattr(options, "rank", 0)), limits.max_rank),
+        ("virtual_tokens", getattr(options, "virtual_tokens", 0), limits.max_virtual_tokens),
+    )
+    problems = [f"{name} {size} is above the hub's limit of {limit}" for name, size, limit in sizes if size > limit]
     if problems:
         raise RecipeInvalid(f"--push {destination.push}", problems)
 

@@ -9,6 +9,7 @@ TrainError
 ├── BaseUnfit         the base cannot be trained here at all
 ├── MethodUnfit       this method cannot be trained on this base, and why
 ├── TemplateUnfit     the base's chat template does not show which tokens are the assistant's
+├── ImportRefused     a foreign adapter that cannot be converted exactly, and why
 ├── DeviceMissing     a device that was asked for and is not there
 ├── OutputExists      a folder that the run would have to overwrite
 ├── CheckpointCorrupt a checkpoint that does not fit the adapter being trained
@@ -67,6 +68,12 @@ class MethodUnfit(TrainError):
     def __init__(self, method: str, base: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__(listing(f"{method} cannot be trained on {base} in this way", problems))
+
+
+class ImportRefused(TrainError):
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(listing("this adapter cannot be converted", problems))
 
 
 class TemplateUnfit(TrainError):

@@ -1,45 +1,32 @@
 """The methods that `hub train` knows, one entry each in METHODS, under the names that the hub gives their kinds.
 
-An entry holds the options a user may set, the PEFT config they become on a base, and what the method cannot do there.
-To add a method: an options model, a function that builds its PEFT config, one that lists its problems, one entry.
+An entry holds the options a user may set, the config they become on a base, and what the method cannot do there.
+To add a method: an options model, a function that builds its config, one that lists its problems, one entry.
 Imports PEFT only where a config is built: listing and validating need no torch.
 
 Law: whatever `problems` lets through, PEFT trains; whatever it lists was refused before any weight was read.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, ClassVar, Final, Literal
+from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+
+from pydantic import Field, model_validator
 
 from hub.experts import KINDS
 from trainer.anatomy import Anatomy, names
+from trainer.families.edits import BOTTLENECK, LOREFT
+from trainer.families.linears import LINEARS
+from trainer.families.sparse import DIFF_PRUNING, LT_SFT
+from trainer.method import Method, Options, Plan, unknown_targets
+
+if TYPE_CHECKING:
+    from trainer.tuner import Tuner
 
 
-class Options(BaseModel):
-    """What a user may set of one method; each subclass is one method's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a method must know of the run beside its options."""
-
-    max_length: int
-    gradient_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class Method:
-    name: str
-    summary: str
-    options: type[Options]
-    learning_rate: float  # the default, where the recipe gives none
-    config: Callable[[Any, Anatomy], Any]  # (options, anatomy) -> peft.PeftConfig
-    problems: Callable[[Any, Anatomy, Plan], list[str]]
+REWRITES: Final = ("olora", "pissa", "corda", "lora_ga")  # initialisations that take their start off the base
+LINEAR_ONLY: Final = ("eva", "olora", "corda", "lora_ga")
 
 
 class LoraOptions(Options):
@@ -48,9 +35,35 @@ class LoraOptions(Options):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of the factors")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     dora: bool = Field(False, description="train the length of every row of the weight apart from its direction (DoRA)")
+    init: Literal[
+        "default",
+        "gaussian",
+        "orthogonal",
+        "eva",
+        "olora",
+        "pissa",
+        "pissa_niter_4",
+        "pissa_niter_16",
+        "corda",
+        "lora_ga",
+    ] = Field("default", description="where the factors start; the last six are saved as a LoRA of twice the rank")
     targets: tuple[str, ...] | None = Field(
         None, min_length=1, description="modules to adapt; default: every linear one"
     )
+
+    @property
+    def saved_rank(self) -> int:
+        return 2 * self.rank if self.init.startswith(REWRITES) else self.rank
+
+    @model_validator(mode="after")
+    def dora_needs_the_base_as_it_is(self) -> LoraOptions:
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f"init: orthogonal needs an even rank, not {self.rank}")
+        if self.dora and self.init.startswith(REWRITES):
+            raise ValueError(
+                f"dora and init: {self.init} exclude each other: it changes the weight whose rows DoRA measures"
+            )
+        return self
 
 
 class Ia3Options(Options):
@@ -62,7 +75,7 @@ class Ia3Options(Options):
     )
 
     @model_validator(mode="after")
-    def feedforward_is_among_targets(self) -> "Ia3Options":
+    def feedforward_is_among_targets(self) -> Ia3Options:
         if self.feedforward is not None and self.targets is None:
             raise ValueError("feedforward needs targets")
         strangers = sorted(set(self.feedforward or ()) - set(self.targets or ()))
@@ -81,7 +94,7 @@ class PrefixOptions(VirtualTokens):
     projection_size: int | None = Field(None, ge=1, description="width of that MLP; default: the width of the keys")
 
     @model_validator(mode="after")
-    def size_needs_projection(self) -> "PrefixOptions":
+    def size_needs_projection(self) -> PrefixOptions:
         if self.projection_size is not None and not self.projection:
             raise ValueError("projection_size needs projection: true")
         return self
@@ -94,7 +107,7 @@ class PromptOptions(VirtualTokens):
     init_text: str | None = Field(None, min_length=1, description="the text whose embeddings are the first values")
 
     @model_validator(mode="after")
-    def text_and_its_init_go_together(self) -> "PromptOptions":
+    def text_and_its_init_go_together(self) -> PromptOptions:
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError("init: text and init_text go together")
         return self
@@ -110,7 +123,7 @@ class PTuningOptions(VirtualTokens):
     lstm_only: ClassVar[tuple[str, ...]] = ("encoder_layers", "encoder_dropout")
 
     @model_validator(mode="after")
-    def an_mlp_has_fixed_layers(self) -> "PTuningOptions":
+    def an_mlp_has_fixed_layers(self) -> PTuningOptions:
         given = [name for name in self.lstm_only if name in self.model_fields_set and getattr(self, name)]
         if self.encoder == "mlp" and given:
             raise ValueError(f"{', '.join(given)}: only with encoder: lstm")
@@ -118,9 +131,18 @@ class PTuningOptions(VirtualTokens):
 
 
 def lora_config(options: LoraOptions, anatomy: Anatomy) -> Any:
-    from peft import LoraConfig
+    from peft import EvaConfig, LoraConfig
+    from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 
+    # One rank for every module: EVA's own rho would move rank between them.
+    settings: dict[str, dict[str, Any]] = {
+        "eva": {"eva_config": EvaConfig(rho=1.0)},
+        "corda": {"corda_config": CordaConfig()},
+        "lora_ga": {"lora_ga_config": LoraGAConfig()},
+    }
     return LoraConfig(
+        init_lora_weights=True if options.init == "default" else options.init,
+        **settings.get(options.init, {}),
         task_type="CAUSAL_LM",
         r=options.rank,
         lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
@@ -135,18 +157,28 @@ def lora_config(options: LoraOptions, anatomy: Anatomy) -> Any:
 
 
 def lora_problems(options: LoraOptions, anatomy: Anatomy, plan: Plan) -> list[str]:
-    mistaken = [name for name in options.targets or () if of_experts(name, anatomy)]
-    return [
+    wanted = options.targets or ()
+    mistaken = [name for name in wanted if of_experts(name, anatomy)]
+    problems = [
         f"target {name}: on {anatomy.model_type}, PEFT takes it for experts or a router by their name of before "
         "transformers 5; those are not trained here"
         for name in mistaken
-    ] + unknown_targets([name for name in options.targets or () if name not in mistaken], anatomy)
+    ] + unknown_targets([name for name in wanted if name not in mistaken], anatomy)
+    if anatomy.conv1d and options.init in LINEAR_ONLY:
+        problems.append(f"init {options.init} is not for Conv1D modules, which {anatomy.architecture} has")
+    return problems
 
 
 def of_experts(target: str, anatomy: Anatomy) -> bool:
     """Whether PEFT's LoRA would take the name of a linear module for that of a fused weight."""
     kind = KINDS.get(anatomy.model_type)
     return kind is not None and any(names(before, target) for before in kind.before)
+
+
+def lora_tuner() -> Tuner:
+    from trainer.lora_tuner import LoraTuner
+
+    return LoraTuner()
 
 
 def ia3_config(options: Ia3Options, anatomy: Anatomy) -> Any:
@@ -275,27 +307,13 @@ def too_long(options: VirtualTokens, anatomy: Anatomy, plan: Plan) -> list[str]:
     ]
 
 
-def unknown_targets(targets: Iterable[str], anatomy: Anatomy) -> list[str]:
-    problems = []
-    for target in targets:
-        if names(target, anatomy.head):
-            problems.append(f"target {target} is the output head, which training computes outside its module")
-        elif not anatomy.has_linear(target):
-            near = get_close_matches(target, anatomy.linear_names, n=1)
-            hint = f" (nearest: {near[0]})" if near else ""
-            problems.append(
-                f"target {target} is not in the base{hint}; its linear modules: {', '.join(anatomy.linear_names)}"
-            )
-    return problems
-
-
 METHODS: Final[Mapping[str, Method]] = {
     method.name: method
     for method in (
         Method(
             "lora",
             "adds a product of two thin matrices to linear modules; teaches new skills",
-            LoraOptions, 1e-3, lora_config, lora_problems,
+            LoraOptions, 1e-3, lora_config, lora_problems, lora_tuner,
         ),
         Method(
             "ia3",
@@ -317,5 +335,10 @@ METHODS: Final[Mapping[str, Method]] = {
             "prompt tuning through a small network, which is folded in at export",
             PTuningOptions, 1e-3, p_tuning_config, p_tuning_problems,
         ),
+        *LINEARS,
+        BOTTLENECK,
+        LOREFT,
+        LT_SFT,
+        DIFF_PRUNING,
     )
 }  # fmt: skip

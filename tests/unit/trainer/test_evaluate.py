@@ -45,10 +45,13 @@ def test_a_row_counts_as_answered_exactly_when_greedy_generation_gives_it(method
     prompts = [[5 + (7 * i + j) % 250 for j in range(1 + 3 * i)] for i in range(6)]
     right = [asked(prompt, greedy(model, prompt, 4)) for prompt in prompts]
     wrong = [asked(list(row.prompt), [*row.ids[-4:-1], (row.ids[-1] + 1) % 200]) for row in right]
-    sizes = {"pad": 0, "vocabulary": 261}
-    assert evaluate(model, right, **sizes).exact_match == 1.0
-    assert evaluate(model, wrong, **sizes).exact_match == 0.0
-    assert evaluate(model, [*right[:3], *wrong[3:]], **sizes).exact_match == 0.5
+
+    def exact(rows: list[Encoded]) -> float:
+        return evaluate(model, rows, pad=0, vocabulary=261, collate=METHODS[method].tuner().collate).exact_match
+
+    assert exact(right) == 1.0
+    assert exact(wrong) == 0.0
+    assert exact([*right[:3], *wrong[3:]]) == 0.5
 
 
 def test_the_loss_is_the_mean_over_learnt_tokens_whatever_the_batches(tiny_base: Path) -> None:
