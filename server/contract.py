@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.primitives.graft import Graft
-from server.records import Event, GenerationRequest, Mixture
+from server.records import Event, GenerationRequest, Mixture, RoutingOrder
 
 
 class Lease(Protocol):
@@ -101,8 +101,10 @@ class HubStatus:
 
 
 class Adapters(Protocol):
-    async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
+    async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
         """Resolve every reference to a digest, load what is absent, lease all. No terms: the bare base.
+
+        `routing` asks for experts that the engine weights token by token; never `semantic`, which is terms by now.
 
         Raises: ModelNotFound, InvalidValue (a malformed reference, a weight), MixtureRefused, AdapterIncompatible,
         AdapterUnavailable.

@@ -27,19 +27,60 @@ class AdapterTerm:
     weight: float = 1.0
 
 
+RoutingMode = Literal["arrow", "gate", "semantic"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingOrder:
+    """What a request asks of routing, as it was sent; None where it left the choice to the server.
+
+    `candidates` are references. `semantic` chooses once, by the prompt, and becomes a plain mixture before anything is
+    leased; the others choose token by token.
+    """
+
+    mode: RoutingMode
+    candidates: tuple[str, ...] = ()
+    top_k: int | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Experts whose weights are found token by token while the request runs.
+
+    arrow: by each Linear's input and the experts' own directions. gate: by each layer's input and the trained router
+    that is the mixture's one term. The `top_k` best of every token are weighted by the softmax of their scores over
+    `temperature`. An expert's own `weight` means nothing.
+    """
+
+    mode: Literal["arrow", "gate"]
+    experts: tuple[AdapterTerm, ...]
+    top_k: int
+    temperature: float
+
+    @property
+    def salt(self) -> str:
+        digests = ",".join(sorted(expert.digest for expert in self.experts))
+        return f"{self.mode}({digests};{self.top_k};{self.temperature!r})"
+
+
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """The adapters of one request with their weights; no terms means the bare base."""
+    """The adapters of one request with their weights; no terms and no routing means the bare base."""
 
     terms: tuple[AdapterTerm, ...] = ()
+    routing: Routing | None = None
 
     @property
     def salt(self) -> str:
         """What every prefix-cache key of this mixture starts with: equal exactly when the deltas are equal.
 
-        Law: neither the order of the terms nor a term of weight zero changes the deltas, so neither changes the salt.
+        Law: neither the order of the terms nor a term of weight zero changes the deltas, so neither changes the salt;
+        everything that changes a routed token's weights does.
         """
         parts = sorted(f"{term.digest}*{term.weight!r}" for term in self.terms if term.weight)
+        if self.routing is not None:
+            parts.append(self.routing.salt)
         return hashlib.sha256("+".join(parts).encode()).hexdigest() if parts else ""
 
 

@@ -37,11 +37,12 @@ from server.errors import (
     ModelNotFound,
     ServerError,
     Unavailable,
+    UnsupportedParameter,
 )
 from server.metrics import Metrics
 from server.primitives.graft import Graft, check_mixture
 from server.primitives.prefix import Prefix
-from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture
+from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, RoutingOrder
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,9 @@ class AdapterStore:
         self._hub = HubStatus(True, 0, None)
         self._background: set[asyncio.Task[None]] = set()
 
-    async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
+    async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
+        if routing is not None:
+            raise UnsupportedParameter(f"routing.mode {routing.mode} is not supported yet", param="routing.mode")
         held: list[tuple[Resident, float]] = []
         described = []
         try:

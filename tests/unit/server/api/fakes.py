@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from server.contract import AdapterStatus, EngineSnapshot, HubStatus, Lease, Servable
 from server.errors import (
@@ -29,6 +30,8 @@ from server.records import (
     GenerationRequest,
     Mixture,
     PromptScored,
+    Routing,
+    RoutingOrder,
     Sampled,
     TokenScore,
 )
@@ -170,15 +173,16 @@ class FakeAdapters:
     loads: int = 0
     status: HubStatus = field(default_factory=lambda: HubStatus(True, 7, None))
 
-    async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
-        found = []
-        for reference, weight in terms:
-            status = await self._load(reference)
-            kind = "prompt" if status.name == "soft" else "lora"
-            found.append(AdapterTerm(reference, status.name, status.version, status.digest, kind, weight))
+    async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
+        found = [await self._term(reference, weight) for reference, weight in terms]
+        routed = None
+        if routing is not None:
+            experts = tuple([await self._term(reference, 1.0) for reference in routing.candidates])
+            mode: Literal["arrow", "gate"] = "gate" if routing.mode == "gate" else "arrow"
+            routed = Routing(mode, experts, routing.top_k or 2, routing.temperature or 1.0)
         if self.moving is not None:
             self.versions[self.moving] += 1
-        return FakeLease(self, Mixture(tuple(found)))
+        return FakeLease(self, Mixture(tuple(found), routed))
 
     def given_names(self) -> Collection[str]:
         return self.named.keys()
@@ -219,6 +223,11 @@ class FakeAdapters:
     async def evict(self, reference: str) -> AdapterStatus:
         name, version = self._resolve(reference)
         return self.resident_digests.pop(digest_of(name, version))
+
+    async def _term(self, reference: str, weight: float) -> AdapterTerm:
+        status = await self._load(reference)
+        kind = "prompt" if status.name == "soft" else "lora"
+        return AdapterTerm(reference, status.name, status.version, status.digest, kind, weight)
 
     async def _load(self, reference: str) -> AdapterStatus:
         name, version = self._resolve(reference)
