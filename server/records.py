@@ -27,6 +27,9 @@ class AdapterTerm:
     weight: float = 1.0
 
 
+# One token's experts: for every decoder layer (number among the request's experts, share), the largest first.
+RouteRow = tuple[tuple[tuple[int, float], ...], ...]
+
 RoutingMode = Literal["arrow", "gate", "semantic"]
 
 

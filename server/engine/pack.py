@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from server.adapters.bank import Bank
+from server.engine.pack_routes import PackedRoutes, pack_routes
 from server.model.attention import AttentionPlan, Span
 from server.model.kv import KvCache
 from server.model.network import Batch
 from server.policy.schedule import Chunk, Step
+from server.primitives.experts import Route
 from server.primitives.gates import gates_from_rows
 from server.primitives.graft import Graft
+
+NO_ROUTES: Mapping[int, Route] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +26,23 @@ class Packed:
 
     batch: Batch
     rows: tuple[tuple[Chunk, int, int], ...]
+    routed: PackedRoutes | None = None
 
 
 def pack_step(
-    step: Step, cache: KvCache, bank: Bank, grafts: Mapping[int, Sequence[tuple[Graft, float]]], scored: frozenset[int]
+    step: Step,
+    cache: KvCache,
+    bank: Bank,
+    grafts: Mapping[int, Sequence[tuple[Graft, float]]],
+    scored: frozenset[int],
+    *,
+    routes: Mapping[int, Route] = NO_ROUTES,
+    traced: frozenset[int] = frozenset(),
 ) -> Packed:
-    """`grafts` maps a sequence's id to its mixture; `scored` are those that want the logits of every position."""
+    """`grafts` maps a sequence's id to its mixture; `scored` are those that want the logits of every position.
+
+    `routes` has the sequences that are routed; `traced` are those of them that want to know how.
+    """
     chunks = sorted(step.chunks, key=lambda chunk: chunk.count > 1)
     decodes = [chunk for chunk in chunks if chunk.count == 1]
     spans = chunks[len(decodes) :]
@@ -72,6 +87,7 @@ def pack_step(
             for chunk in chunks
         ]
         gates = gates_from_rows(table, bank.size, cache.keys[0])
+    routed = pack_routes(chunks, routes, bank.experts, device=device, traced=bool(traced))
     batch = Batch(
         ids_T=torch.tensor(ids, device=device),
         positions_T=torch.tensor(positions, device=device),
@@ -79,8 +95,9 @@ def pack_step(
         wanted_R=torch.tensor(wanted, device=device, dtype=torch.long),
         gates=gates,
         operands=bank.operands if columns else {},
+        routes=routed.routes if routed else None,
     )
-    return Packed(batch, tuple(rows))
+    return Packed(batch, tuple(rows), routed)
 
 
 def block_rows(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:

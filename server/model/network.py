@@ -17,6 +17,7 @@ from server.model.kv import KvCache
 from server.model.weights import base_weight
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
+from server.primitives.route import Routes
 from server.primitives.site import Active, SiteOperand, SiteShape
 
 
@@ -30,6 +31,7 @@ class Batch:
     wanted_R: Tensor
     gates: Gates | None
     operands: Mapping[str, SiteOperand]
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class BaseFacts:
     dtype: torch.dtype
     device: torch.device
     quantized: bool
+    decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told
 
 
 class Network:
@@ -57,7 +60,7 @@ class Network:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
-        self._active.operands, self._active.gates = batch.operands, batch.gates
+        self._active.operands, self._active.gates, self._active.routes = batch.operands, batch.gates, batch.routes
         out = self._stock(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
@@ -75,7 +78,7 @@ class Network:
         positions = torch.arange(count, device=self.facts.device)
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
         plan = AttentionPlan(cache, positions, None, None, [Span(count, count, blocks)])
-        self._active.operands, self._active.gates = {}, None
+        self._active.operands, self._active.gates, self._active.routes = {}, None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
             position_ids=positions[None],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from server.errors import MixtureRefused
 from server.primitives.prefix import Prefix
+from server.primitives.route import Router
 from server.primitives.site import SiteValue
 
 
@@ -18,11 +19,14 @@ class Graft:
     label: str  # NAME@N, for messages
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
+    router: Router | None = None  # it routes among experts, and does nothing itself
+    experts: tuple[str, ...] = ()  # of a router: the digests of its rows
 
     @property
     def bytes(self) -> int:
         """Memory that it really takes, by its actual ranks and dtype."""
-        return sum(value.bytes for value in self.sites.values()) + (self.prefix.bytes if self.prefix else 0)
+        others = [part.bytes for part in (self.prefix, self.router) if part is not None]
+        return sum(value.bytes for value in self.sites.values()) + sum(others)
 
     @property
     def virtual_tokens(self) -> int:

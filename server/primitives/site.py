@@ -16,6 +16,7 @@ from torch import Tensor
 
 from server.primitives import bias, lowrank, scale
 from server.primitives.gates import Gates
+from server.primitives.route import Routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Active:
 
     operands: Mapping[str, SiteOperand] = field(default_factory=dict)
     gates: Gates | None = None
+    routes: Routes | None = None
 
 
 def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
