@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.primitives.experts import Route
 from server.primitives.graft import Graft
 from server.records import Event, GenerationRequest, Mixture, RoutingOrder
 
@@ -19,6 +20,10 @@ class Lease(Protocol):
     @property
     def grafts(self) -> Sequence[tuple[Graft, float]]:
         """What the mixture is made of; for the engine alone."""
+
+    @property
+    def route(self) -> Route | None:
+        """How its tokens are routed, if they are; for the engine alone."""
 
     @property
     def virtual_tokens(self) -> int:

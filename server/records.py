@@ -127,6 +127,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    return_routing: bool = False  # tell with every token which experts served the positions before it
     keep_logits: bool = False  # golden rows: the last prompt position's logits ride on `Finished`
 
 
@@ -146,6 +147,7 @@ class Sampled:
     token_id: int
     score: TokenScore | None = None
     cached_tokens: int = 0  # as in `Finished`, for an answer that ends before it (a stop string)
+    routes: tuple[RouteRow, ...] = ()  # of the positions computed since the last event that told some
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,7 @@ class Finished:
     cached_tokens: int
     stop_token_id: int | None = None
     logits: tuple[float, ...] | None = None
+    routes: tuple[RouteRow, ...] = ()  # as in `Sampled`
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class Graft:
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     router: Router | None = None  # it routes among experts, and does nothing itself
-    experts: tuple[str, ...] = ()  # of a router: the digests of its rows
+    experts: tuple[str, ...] = ()  # of a router: the digests of the adapters that its rows score
 
     @property
     def bytes(self) -> int:

@@ -24,7 +24,9 @@ from torch import Tensor
 from server.primitives.lowrank import LowRank
 
 RMS_EPSILON = 1e-6
-# Multiply-adds in vain for which one more product by itself would be dearer; see docs/decisions/0020.
+# Under so many ranks in all, two products over all experts are bound by x and y, not by the experts; and under so many
+# multiply-adds in vain the products of single experts cost more than they save. Measured: docs/decisions/0020.
+FEW_RANKS = 128
 WASTE_PER_EXPERT = 1 << 19
 
 
@@ -143,7 +145,7 @@ def apply(x_RI: Tensor, selection: Selection, operand: ExpertOperand) -> Tensor:
     inputs, rank = operand.A_IP.shape
     needed = min(slots / len(operand.lows), 1.0)
     waste = tokens * rank * (1 - needed) * (inputs + operand.B_PO.shape[1])
-    if waste <= WASTE_PER_EXPERT * len(operand.lows):
+    if rank <= FEW_RANKS or waste <= WASTE_PER_EXPERT * len(operand.lows):
         return apply_dense(x_RI, selection, operand)
     return apply_selected(x_RI, selection, operand)
 

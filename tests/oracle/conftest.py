@@ -137,7 +137,15 @@ class Bench:
     def target(self) -> Target:
         facts = self.network.facts
         return Target(
-            facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, 64, 64, self.network.weight
+            facts.sites,
+            facts.layers,
+            facts.hidden_size,
+            facts.dtype,
+            facts.device,
+            64,
+            64,
+            self.network.weight,
+            len(facts.decoder_layers),
         )
 
     def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from server.errors import AdapterIncompatible
 from server.primitives.prefix import LayerShape, Prefix
+from server.primitives.route import Router
 from server.primitives.site import SiteShape, SiteValue
 
 
@@ -29,6 +30,7 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    decoder_layers: int = 0  # none where they could not be told apart
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
@@ -41,11 +43,13 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives, or a soft prompt that the base must still turn into a prefix."""
+    """Primitives, a soft prompt that the base must still turn into a prefix, or a router over other adapters."""
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
+    router: Router | None = None
+    experts: tuple[str, ...] = ()  # of a router: references with whole digests
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]

@@ -193,6 +193,7 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             config.max_rank,
             config.max_virtual,
             network.weight,
+            len(facts.decoder_layers),
         )
         metrics = Metrics()
         source = Source(hub, describe_base(base, name=str(base)), default_alias=config.default_alias)

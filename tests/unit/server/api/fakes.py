@@ -21,6 +21,7 @@ from server.errors import (
     QueueFull,
     ServerError,
 )
+from server.primitives.experts import Route
 from server.primitives.graft import Graft
 from server.records import (
     AdapterTerm,
@@ -55,6 +56,10 @@ class FakeLease:
     @property
     def grafts(self) -> Sequence[tuple[Graft, float]]:
         return ()
+
+    @property
+    def route(self) -> Route | None:
+        return None
 
     @property
     def virtual_tokens(self) -> int:
