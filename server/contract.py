@@ -8,6 +8,7 @@ from typing import Protocol
 
 from server.primitives.experts import Route
 from server.primitives.graft import Graft
+from server.primitives.prefix import Prefix
 from server.records import Event, GenerationRequest, Mixture, RoutingOrder
 
 
@@ -24,6 +25,10 @@ class Lease(Protocol):
     @property
     def route(self) -> Route | None:
         """How its tokens are routed, if they are; for the engine alone."""
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The virtual tokens of the whole mixture, one adapter's after the other's; for the engine alone."""
 
     @property
     def virtual_tokens(self) -> int:

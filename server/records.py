@@ -6,7 +6,6 @@ as leased digests, and events leave as numbers. Text is made of them in `server.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,11 +60,6 @@ class Routing:
     top_k: int
     temperature: float
 
-    @property
-    def salt(self) -> str:
-        digests = ",".join(sorted(expert.digest for expert in self.experts))
-        return f"{self.mode}({digests};{self.top_k};{self.temperature!r})"
-
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
@@ -73,18 +67,6 @@ class Mixture:
 
     terms: tuple[AdapterTerm, ...] = ()
     routing: Routing | None = None
-
-    @property
-    def salt(self) -> str:
-        """What every prefix-cache key of this mixture starts with: equal exactly when the deltas are equal.
-
-        Law: neither the order of the terms nor a term of weight zero changes the deltas, so neither changes the salt;
-        everything that changes a routed token's weights does.
-        """
-        parts = sorted(f"{term.digest}*{term.weight!r}" for term in self.terms if term.weight)
-        if self.routing is not None:
-            parts.append(self.routing.salt)
-        return hashlib.sha256("+".join(parts).encode()).hexdigest() if parts else ""
 
 
 @dataclass(frozen=True, slots=True)

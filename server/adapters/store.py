@@ -40,7 +40,7 @@ from server.errors import (
 )
 from server.metrics import Metrics
 from server.primitives.experts import Expert, Route, make_prototypes, why_no_expert
-from server.primitives.graft import Graft, check_mixture
+from server.primitives.graft import Graft, check_mixture, combined, prefixed
 from server.primitives.prefix import Prefix
 from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, Routing, RoutingOrder
 
@@ -54,7 +54,7 @@ RECONNECT_S = 0.25
 class Workshop(Protocol):
     """What the store needs of the engine to finish and to try a graft."""
 
-    async def compile(self, embeddings: Tensor) -> Prefix: ...
+    async def compile(self, embeddings: Tensor, *, after: Prefix | None = None) -> Prefix: ...
 
     async def probe(self, graft: Graft, prompt_ids: Sequence[int], *, route: Route | None) -> Tensor: ...
 
@@ -77,6 +77,14 @@ class Resident:
         return self.graft.bytes + sum(one.nbytes for one in (self.prototypes or {}).values())
 
 
+@dataclass(slots=True)
+class Join:
+    """The prefix of a mixture of several adapters that bring virtual tokens, and how many requests hold it."""
+
+    prefix: Prefix
+    leases: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Pointer:
     """What an alias serves, and where it has moved to if that has not been tried yet."""
@@ -91,24 +99,33 @@ class HeldLease:
         store: AdapterStore,
         mixture: Mixture,
         held: Sequence[tuple[Resident, float]],
-        *,
+        join: Join | None,
         route: Route | None = None,
     ) -> None:
         """A weight of zero holds a graft that is no term of the mixture: an expert."""
         self.mixture = mixture
-        self.grafts = tuple((resident.graft, weight) for resident, weight in held)
+        self.grafts = _grafts(held)
         self.route = route
         self._store = store
         self._held: Sequence[tuple[Resident, float]] = held
+        self._join = join
+
+    @property
+    def prefix(self) -> Prefix | None:
+        if self._join is not None:
+            return self._join.prefix
+        return next((graft.prefix for graft in prefixed(self.grafts)), None)
 
     @property
     def virtual_tokens(self) -> int:
-        return sum(graft.virtual_tokens for graft, weight in self.grafts if weight)
+        return sum(graft.virtual_tokens for graft in prefixed(self.grafts))
 
     def release(self) -> None:
         held, self._held = self._held, ()
         for resident, _ in held:
             self._store.release(resident)
+        if held and self._join is not None:
+            self._store.release(self._join)
 
 
 class AdapterStore:
@@ -130,6 +147,7 @@ class AdapterStore:
         self._golden_limit = golden.limit(target.dtype, quantized=quantized)
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._loading: dict[str, tuple[Resolution, asyncio.Task[Resident]]] = {}
+        self._joins: OrderedDict[tuple[str, ...], Join] = OrderedDict()  # least recently used first
         self._failed: dict[str, tuple[Resolution, ServerError]] = {}
         self._pointers: dict[tuple[str, str], Pointer] = {}
         self._named: dict[str, str] = {}  # names given by load_lora_adapter
@@ -146,15 +164,17 @@ class AdapterStore:
                 resident, resolution = await self._hold(text)
                 held.append((resident, weight))
                 described.append(_term(text, resolution, resident, weight))
-            check_mixture([(resident.graft, weight) for resident, weight in held])
             routed = await self._routed(held, routing)
+            grafts = _grafts(held)
+            check_mixture(grafts)
+            join = await self._joined(prefixed(grafts))
         except BaseException:
             for resident, _ in held:
                 self.release(resident)
             raise
         if routed is None:
-            return HeldLease(self, Mixture(tuple(described)), held)
-        return HeldLease(self, Mixture(tuple(described), routed[0]), held, route=routed[1])
+            return HeldLease(self, Mixture(tuple(described)), held, join)
+        return HeldLease(self, Mixture(tuple(described), routed[0]), held, join, routed[1])
 
     async def _routed(
         self, held: list[tuple[Resident, float]], order: RoutingOrder | None
@@ -220,7 +240,7 @@ class AdapterStore:
         for text, _ in found:
             resident, resolution = await self._hold(text)
             held.append((resident, 0.0))
-            reason = why_no_expert(resident.graft)
+            reason = why_no_expert(resident.graft, self._target.decoder_layers)
             if reason is not None:
                 raise MixtureRefused(f"routing.mode arrow: {reason}", param="routing.candidates")
             experts.append(_term(text, resolution, resident, 1.0))
@@ -238,10 +258,10 @@ class AdapterStore:
                 resident.prototypes = made
         return resident.prototypes
 
-    def release(self, resident: Resident) -> None:
-        resident.leases -= 1
-        assert resident.leases >= 0, f"{resident.resolution.label} was released twice"
-        if resident.leases == 0:
+    def release(self, held: Resident | Join) -> None:
+        held.leases -= 1
+        assert held.leases >= 0, f"{held} was released twice"
+        if held.leases == 0:
             self._room.set()
 
     def given_names(self) -> Collection[str]:
@@ -361,6 +381,41 @@ class AdapterStore:
             log.warning("the hub is away, serving goes on with what is here: %s", error.message)
             self._hub = HubStatus(False, self._hub.seen, time.time())
 
+    async def _joined(self, grafts: Sequence[Graft]) -> Join | None:
+        """The virtual tokens of several adapters in the order written, leased once; None when one or none has any.
+
+        Keys and values that were trained stand as they are. Embeddings run through the bare base behind what stands
+        before them, as if the mixture's soft prompts had been written one after the other.
+        """
+        if len(grafts) < 2:
+            return None
+        length = sum(graft.virtual_tokens for graft in grafts)
+        if length > self._target.max_virtual:
+            labels = " and ".join(graft.label for graft in grafts)
+            raise MixtureRefused(f"{labels} have {length} virtual tokens, the limit is {self._target.max_virtual}")
+        key = tuple(graft.digest for graft in grafts)
+        join = self._joins.get(key)
+        if join is None:
+            prefix = await self._append(grafts)
+            await self._make_room(prefix.bytes, " and ".join(graft.label for graft in grafts))
+            join = self._joins.setdefault(key, Join(prefix))
+        join.leases += 1
+        self._joins.move_to_end(key)
+        return join
+
+    async def _append(self, grafts: Sequence[Graft]) -> Prefix:
+        prefix = grafts[0].prefix
+        assert prefix is not None, "only adapters with virtual tokens are joined"
+        for graft in grafts[1:]:
+            own = graft.prefix
+            if graft.soft_prompt_VE is not None:
+                own = await self._workshop.compile(graft.soft_prompt_VE, after=prefix)
+                if not own.finite:
+                    raise MixtureRefused(f"the soft prompt of {graft.label} overflows behind {grafts[0].label}")
+            assert own is not None, "only adapters with virtual tokens are joined"
+            prefix = prefix.then(own)
+        return prefix
+
     def _combined(self, terms: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
         """The same reference twice is one adapter with the sum of the weights."""
         if len(terms) > self._config.max_terms:
@@ -471,7 +526,7 @@ class AdapterStore:
             for text in references:
                 expert = await self._ensure(await asyncio.to_thread(self._source.resolve, text))
                 held.append(expert)
-                reason = why_no_expert(expert.graft)
+                reason = why_no_expert(expert.graft, self._target.decoder_layers)
                 if reason is not None:
                     raise AdapterIncompatible(f"{resolution.label} routes among experts: {reason}", param="model")
         except BaseException as error:
@@ -495,6 +550,8 @@ class AdapterStore:
             resolution.label,
             lowered.sites,
             prefix,
+            lowered.soft_prompt_VE,
+            lowered.reach,
             lowered.router,
             tuple(expert.resolution.digest for expert in experts),
         )
@@ -515,13 +572,17 @@ class AdapterStore:
                     f"{graft.label}: golden row {index} is off by {off:.3g}, the limit is {self._golden_limit:g}"
                 )
 
-    async def _make_room(self, needed: int, label: str) -> None:
-        """Evict what nobody holds, the least recently used first, until so many bytes fit."""
+    async def _make_room(self, wanted: int, label: str) -> None:
+        """Evict what nobody holds, joins first, then the least recently used, until so many bytes are free."""
         budget = self._config.cache_bytes
-        if needed > budget:
-            raise AdapterIncompatible(f"{label} takes {needed} bytes, the adapter cache holds {budget}")
+        if wanted > budget:
+            raise AdapterIncompatible(f"{label} takes {wanted} bytes, the adapter cache holds {budget}")
         deadline = time.monotonic() + ROOM_TIMEOUT_S
-        while self._bytes() + needed > budget:
+        while self._bytes() + wanted > budget:
+            key = next((key for key, join in self._joins.items() if not join.leases), None)
+            if key is not None:
+                del self._joins[key]
+                continue
             digest = next((d for d, one in self._resident.items() if not one.leases and not one.pinned), None)
             if digest is not None:
                 evicted = self._forget(digest)
@@ -533,7 +594,7 @@ class AdapterStore:
                     await self._room.wait()
             except TimeoutError:
                 raise Unavailable(
-                    f"{label} needs {needed} bytes and every adapter in the cache of {budget} bytes is "
+                    f"{label} needs {wanted} bytes and every adapter in the cache of {budget} bytes is "
                     "in use or pinned",
                     retry_after_s=5.0,
                 ) from None
@@ -546,7 +607,8 @@ class AdapterStore:
         return gone
 
     def _bytes(self) -> int:
-        return sum(one.bytes for one in self._resident.values())
+        joins = sum(join.prefix.bytes for join in self._joins.values())
+        return joins + sum(one.bytes for one in self._resident.values())
 
     async def _follow(self, name: str) -> None:
         """Something happened to a name: find out where its aliases in use point now."""
@@ -651,6 +713,10 @@ def _top_k(order: RoutingOrder, *, default: int, candidates: int) -> int:
     if order.top_k > candidates:
         raise InvalidValue(f"top_k {order.top_k} is above the {candidates} candidates", param="routing.top_k")
     return order.top_k
+
+
+def _grafts(held: Sequence[tuple[Resident, float]]) -> tuple[tuple[Graft, float], ...]:
+    return combined([(resident.graft, weight) for resident, weight in held])
 
 
 def _servable(id_: str, line: Listed) -> Servable:

@@ -29,10 +29,11 @@ from server.errors import AdapterUnavailable, EngineFailed, InvalidValue, Prompt
 from server.model.kv import block_bytes
 from server.model.network import Network
 from server.policy.blocks import BlockPool
+from server.policy.reach import Course, Term, course
 from server.policy.schedule import Chunk, Outcome, Scheduler, Step
 from server.policy.schedule import Sequence as ScheduledSequence
 from server.primitives.experts import Route
-from server.primitives.graft import Graft
+from server.primitives.graft import Graft, prefixed
 from server.primitives.prefix import Prefix
 from server.records import (
     Event,
@@ -89,10 +90,6 @@ class Live:
         taken, self.routes = tuple(self.routes), []
         return taken
 
-    @property
-    def prefix(self) -> Prefix | None:
-        return next((graft.prefix for graft, weight in self.lease.grafts if graft.prefix and weight), None)
-
 
 @dataclass(frozen=True, slots=True)
 class ProbeLease:
@@ -101,6 +98,10 @@ class ProbeLease:
     grafts: Sequence[tuple[Graft, float]]
     mixture: Mixture = field(default_factory=Mixture)
     route: Route | None = None
+
+    @property
+    def prefix(self) -> Prefix | None:
+        return next((graft.prefix for graft in prefixed(self.grafts)), None)
 
     @property
     def virtual_tokens(self) -> int:
@@ -167,7 +168,7 @@ class EngineLoop:
             tokens=list(request.prompt_ids),
             prompt_len=len(request.prompt_ids),
             max_tokens=request.max_tokens,
-            salt=lease.mixture.salt,
+            course=course_of(lease, request.prompt_ids),
             virtual=lease.virtual_tokens,
             stop_ids=request.stop_token_ids | (frozenset() if request.ignore_eos else self._network.facts.end_ids),
             reuse=self._config.prefix_cache and _reads_cache(request),
@@ -177,10 +178,10 @@ class EngineLoop:
         self._inbox.put(lambda: self._accept(live))
         return stream
 
-    async def compile(self, embeddings: Tensor) -> Prefix:
-        """Turn a soft prompt (V, E) into a prefix, between two steps."""
+    async def compile(self, embeddings: Tensor, *, after: Prefix | None = None) -> Prefix:
+        """Turn a soft prompt (V, E) into a prefix, between two steps; `after` stands before it."""
         return await self._between_steps(
-            lambda: self._network.compile_prefix(embeddings, block_size=self._config.block_size)
+            lambda: self._network.compile_prefix(embeddings, block_size=self._config.block_size, after=after)
         )
 
     async def probe(self, graft: Graft, prompt_ids: Sequence[int], *, route: Route | None = None) -> Tensor:
@@ -214,6 +215,8 @@ class EngineLoop:
             )
         if not request.prompt_ids:
             raise InvalidValue("the prompt has no tokens", param="prompt")
+        if not request.keep_logits:  # a golden row shows what its maker saw there, whatever worked
+            _check_reach(request, lease)
         length = len(request.prompt_ids) + lease.virtual_tokens + request.max_tokens
         if length > self.max_model_len:
             virtual = f" and {lease.virtual_tokens} virtual tokens of the adapter" if lease.virtual_tokens else ""
@@ -299,7 +302,7 @@ class EngineLoop:
     def _preload(self, chunk: Chunk) -> None:
         if chunk.preload is None:
             return
-        prefix = self._live[chunk.sequence.id].prefix
+        prefix = self._live[chunk.sequence.id].lease.prefix
         assert prefix is not None, "a sequence with virtual tokens has a prefix"
         rows = block_rows(chunk.sequence.blocks, *chunk.preload, self._config.block_size)
         self._cache.load(prefix, chunk.preload, rows)
@@ -421,6 +424,27 @@ class EngineLoop:
 def _reads_cache(request: GenerationRequest) -> bool:
     """Whether positions may be taken from the prefix cache: not where something is wanted of every one of them."""
     return request.prompt_logprobs is None and not request.keep_logits and not request.return_routing
+
+
+def course_of(lease: Lease, prompt: Sequence[int]) -> Course:
+    """What each position of a request is computed with. Equal courses over equal tokens leave equal KV."""
+    if lease.route is not None:  # nothing stands beside it
+        return course([Term(lease.route.label)], prompt)
+    terms = [
+        Term(f"{graft.digest}*{weight!r}" if weight and graft.sites else "", graft.reach)
+        for graft, weight in lease.grafts
+    ]
+    before = ">".join(graft.digest for graft in prefixed(lease.grafts))
+    return course(terms, prompt, virtual=lease.virtual_tokens, virtual_label=before)
+
+
+def _check_reach(request: GenerationRequest, lease: Lease) -> None:
+    """An adapter that would do nothing here is a mistake of the request, and the base's answer no substitute."""
+    for graft, weight in lease.grafts:
+        if weight and not graft.reach.ranges(request.prompt_ids):
+            raise InvalidValue(
+                f"{graft.label} works from its invocation tokens on, and the prompt does not hold them", param="prompt"
+            )
 
 
 def _block_count(network: Network, config: EngineConfig, max_model_len: int) -> int:

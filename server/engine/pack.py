@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from server.engine.pack_routes import PackedRoutes, pack_routes
 from server.model.attention import AttentionPlan, Span
 from server.model.kv import KvCache
 from server.model.network import Batch
+from server.policy.reach import pieces
 from server.policy.schedule import Chunk, Step
 from server.primitives.experts import Route
 from server.primitives.gates import gates_from_rows
@@ -79,13 +80,7 @@ def pack_step(
     columns = bank.activate([graft for chunk in chunks for graft, weight in grafts[chunk.sequence.id] if weight])
     gates = None
     if columns:
-        table = [
-            (
-                chunk.count,
-                [(columns[g.digest], weight) for g, weight in grafts[chunk.sequence.id] if g.digest in columns],
-            )
-            for chunk in chunks
-        ]
+        table = [row for chunk in chunks for row in _gate_rows(chunk, grafts[chunk.sequence.id], columns)]
         gates = gates_from_rows(table, bank.size, cache.keys[0])
     routed = pack_routes(chunks, routes, bank.experts, device=device, traced=bool(traced))
     batch = Batch(
@@ -103,6 +98,15 @@ def pack_step(
 def block_rows(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
     """Cache rows of positions start..stop-1."""
     return [blocks[p // block_size] * block_size + p % block_size for p in range(start, stop)]
+
+
+def _gate_rows(
+    chunk: Chunk, mixture: Sequence[tuple[Graft, float]], columns: Mapping[str, int]
+) -> Iterable[tuple[int, list[tuple[int, float]]]]:
+    """A row for each phase of the sequence that the chunk has a part in: (token count, [(column, weight), ...])."""
+    for count, indices in pieces(chunk.sequence.course, chunk.start, chunk.start + chunk.count):
+        at_work = [mixture[index] for index in indices]
+        yield count, [(columns[graft.digest], weight) for graft, weight in at_work if graft.digest in columns]
 
 
 def _used(chunk: Chunk, block_size: int) -> list[int]:

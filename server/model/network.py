@@ -71,22 +71,25 @@ class Network:
         return out.logits[0].float()
 
     @torch.inference_mode()
-    def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int) -> Prefix:
-        """The KV that virtual tokens leave in the bare base at positions 0..V-1."""
-        count = embeddings_VE.shape[0]
-        cache = self.new_cache(-(-count // block_size), block_size)
-        positions = torch.arange(count, device=self.facts.device)
+    def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int, after: Prefix | None = None) -> Prefix:
+        """The KV that virtual tokens leave in the bare base, at the first positions or behind another prefix."""
+        start = after.length if after is not None else 0
+        stop = start + embeddings_VE.shape[0]
+        cache = self.new_cache(-(-stop // block_size), block_size)
+        if after is not None:
+            cache.load(after, (0, start), range(start))
+        positions = torch.arange(start, stop, device=self.facts.device)
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
-        plan = AttentionPlan(cache, positions, None, None, [Span(count, count, blocks)])
+        plan = AttentionPlan(cache, positions, None, None, [Span(stop - start, stop, blocks)])
         self._active.operands, self._active.gates, self._active.routes = {}, None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=positions[-1:],
+            logits_to_keep=torch.zeros(1, dtype=torch.long, device=self.facts.device),  # nobody reads them
             graft_plan=plan,
         )
-        return cache.read(range(count))
+        return cache.read(range(start, stop))
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 
 from torch import Tensor
@@ -41,9 +41,19 @@ class Route:
     def mode(self) -> str:
         return "arrow" if self.router is None else "gate"
 
+    @property
+    def label(self) -> str:
+        """Everything that a token's weights depend on, for the prefix cache; the order of the experts does not."""
+        experts = ",".join(sorted(expert.digest for expert in self.experts))
+        router = "" if self.router is None else self.router.digest
+        return f"{self.mode}({router};{experts};{self.top_k};{self.temperature!r})"
 
-def why_no_expert(graft: Graft) -> str | None:
-    """Why a graft cannot be weighted token by token, or None: its sum must be low-rank terms and nothing else."""
+
+def why_no_expert(graft: Graft, layers: Sequence[str]) -> str | None:
+    """Why a graft cannot be weighted token by token, or None: its sum must be low-rank terms and nothing else.
+
+    `layers` are the names of the decoder layers, if they could be told: what stands outside sees other tokens.
+    """
     for field in fields(Graft):
         if field.name not in _OF_ANY and getattr(graft, field.name) != _absent(field):
             return f"{graft.label} has a {field.name}; experts are low-rank terms alone"
@@ -51,6 +61,8 @@ def why_no_expert(graft: Graft) -> str | None:
         other = [part.name for part in fields(SiteValue) if part.name != _ROUTED and getattr(value, part.name)]
         if other or value.lowrank is None:
             return f"{graft.label} has {' and '.join(other) or 'nothing'} at {name}; experts are low-rank terms alone"
+        if layers and not any(name.startswith(f"{layer}.") for layer in layers):
+            return f"{graft.label} changes {name}, which is in no decoder layer; experts work in those alone"
     return None if graft.sites else f"{graft.label} changes no Linear"
 
 

@@ -20,6 +20,7 @@ from server.adapters.bank import Bank
 from server.adapters.lowering.table import lower
 from server.adapters.lowering.target import Target
 from server.config import ModelConfig
+from server.engine.loop import ProbeLease, course_of
 from server.engine.pack import NO_ROUTES, block_rows, pack_step
 from server.engine.pack_routes import read_shares
 from server.model.load import load_network
@@ -28,7 +29,8 @@ from server.policy.blocks import BlockPool
 from server.policy.schedule import Scheduler
 from server.policy.schedule import Sequence as Scheduled
 from server.primitives.experts import Route
-from server.primitives.graft import Graft
+from server.primitives.graft import Graft, prefixed
+from server.primitives.prefix import Prefix
 from server.records import RouteRow
 from tests.oracle.kinds import Row, make_adapter, rows
 
@@ -145,7 +147,7 @@ class Bench:
             64,
             64,
             self.network.weight,
-            len(facts.decoder_layers),
+            facts.decoder_layers,
         )
 
     def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:
@@ -156,7 +158,18 @@ class Bench:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)
-        return Graft(digest or str(folder), folder.name, lowered.sites, prefix)
+        return Graft(digest or str(folder), folder.name, lowered.sites, prefix, lowered.soft_prompt_VE, lowered.reach)
+
+    def joined(self, mixture: Sequence[tuple[Graft, float]]) -> Prefix | None:
+        """What the adapter store does with several prefixes."""
+        prefix: Prefix | None = None
+        for graft in prefixed(mixture):
+            own = graft.prefix
+            if prefix is not None and graft.soft_prompt_VE is not None:
+                own = self.network.compile_prefix(graft.soft_prompt_VE, block_size=self.block_size, after=prefix)
+            assert own is not None
+            prefix = own if prefix is None else prefix.then(own)
+        return prefix
 
     def run(
         self,
@@ -175,8 +188,10 @@ class Bench:
         grafts: dict[int, list[tuple[Graft, float]]] = {}
         logits: dict[int, list[Tensor]] = {}
         for index, (ids, mixture) in enumerate(requests):
-            virtual = sum(graft.virtual_tokens for graft, weight in mixture if weight)
-            sequence = Scheduled(index, list(ids), len(ids), new, virtual=virtual, reuse=False)
+            lease = ProbeLease(tuple(mixture))
+            sequence = Scheduled(
+                index, list(ids), len(ids), new, course_of(lease, ids), lease.virtual_tokens, reuse=False
+            )
             scheduler.add(sequence)
             self.sequences[index] = sequence
             grafts[index], logits[index] = mixture, []
@@ -185,7 +200,7 @@ class Bench:
             assert step.chunks, "the scheduler stands still"
             cache.clear(step.fresh_blocks)
             for chunk in step.chunks:
-                prefix = next((g.prefix for g, w in grafts[chunk.sequence.id] if g.prefix and w), None)
+                prefix = self.joined(grafts[chunk.sequence.id]) if chunk.preload else None
                 if chunk.preload and prefix:
                     cache.load(
                         prefix, chunk.preload, block_rows(chunk.sequence.blocks, *chunk.preload, self.block_size)

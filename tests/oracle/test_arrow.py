@@ -68,7 +68,7 @@ def experts(
 
 
 def route(grafts: Sequence[Graft], *, top_k: int, temperature: float) -> Route:
-    assert [why_no_expert(graft) for graft in grafts] == [None] * len(grafts)
+    assert [why_no_expert(graft, ()) for graft in grafts] == [None] * len(grafts)
     return Route(tuple(Expert(graft, make_prototypes(graft)) for graft in grafts), top_k, temperature)
 
 
@@ -77,7 +77,7 @@ def prompt(seed: int, length: int) -> list[int]:
     return torch.randint(3, 128, (length,), generator=generator).tolist()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_arrow_beside_other_requests_equals_pefts_arrow_alone(
     architecture: str,
     tiny_base: Callable[[str], TinyBase],
@@ -87,8 +87,8 @@ def test_arrow_beside_other_requests_equals_pefts_arrow_alone(
     rig, folders = bench(architecture), experts(architecture)
     grafts = [rig.graft(folder, "lora") for folder in folders]
     # Different sets, orders, top_k and temperatures in one batch; beside them a mixture of two experts, and the base.
-    orders = [([0, 1, 2, 3], 2, 1.0), ([3, 0], 1, 1.0), ([2, 1, 3], 3, 0.3), ([1, 2, 3, 0], 2, 7.0)]
-    requests: list[tuple[list[int], list[tuple[Graft, float]]]] = [(prompt(7 + n, 9 + 5 * n), []) for n in range(4)]
+    orders = [([0, 1, 2, 3], 2, 1.0), ([3, 0], 1, 1.0), ([2, 1, 3], 3, 0.3)]
+    requests: list[tuple[list[int], list[tuple[Graft, float]]]] = [(prompt(7 + n, 9 + 5 * n), []) for n in range(3)]
     routes = {
         n: route([grafts[k] for k in chosen], top_k=top_k, temperature=temperature)
         for n, (chosen, top_k, temperature) in enumerate(orders)
@@ -104,7 +104,7 @@ def test_arrow_beside_other_requests_equals_pefts_arrow_alone(
         assert error < TOLERANCE, f"arrow over {chosen} on {architecture} differs by {error:.1e}"
         assert (expected - plain[n]).abs().max().item() > 100 * TOLERANCE, "arrow has no visible effect"
         check_shares(rig.shares[n], len(requests[n][0]), len(chosen), top_k)
-    for n in (4, 5):
+    for n in (3, 4):
         assert torch.equal(got[n], plain[n]), "a request that is not routed changed beside routed ones"
 
 

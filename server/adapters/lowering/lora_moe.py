@@ -28,7 +28,7 @@ def lower_lora_moe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tar
     if not target.decoder_layers:
         raise AdapterIncompatible("the decoder layers of this base could not be told apart, so no router can read them")
     weight = tensors[ROUTER_TENSOR]
-    shape = (target.decoder_layers, len(experts), target.hidden_size)
+    shape = (len(target.decoder_layers), len(experts), target.hidden_size)
     if tuple(weight.shape) != shape:
         raise AdapterIncompatible(f"{ROUTER_TENSOR} has shape {list(weight.shape)}, this base needs {list(shape)}")
     if not 1 <= config["top_k"] <= len(experts):
