@@ -77,6 +77,7 @@ def train_command(
     rank: Annotated[int | None, typer.Option(help="lora: the rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora: alpha.")] = None,
     targets: Annotated[str | None, typer.Option(help="lora, ia3: the modules to adapt, with commas.")] = None,
+    experts: Annotated[str | None, typer.Option(help="lora-moe: the adapters to route among, with commas.")] = None,
     virtual_tokens: Annotated[int | None, typer.Option(help="prefix, prompt, p-tuning: how many.")] = None,
     init: Annotated[str | None, typer.Option(help="prefix, prompt: the first values.")] = None,
     init_text: Annotated[
@@ -105,6 +106,7 @@ def train_command(
     }  # fmt: skip
     options = {
         "rank": rank, "alpha": alpha, "targets": targets.split(",") if targets else None,
+        "experts": experts.split(",") if experts else None,
         "virtual_tokens": virtual_tokens, "init": init, "init_text": init_text, **parse_options(option or []),
     }  # fmt: skip
     destination = parse_destination(out, push, tuple(alias or ()), note)

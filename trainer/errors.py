@@ -8,6 +8,7 @@ TrainError
 ├── DataUnusable      well-formed rows that leave nothing to train on, or nothing to hold out
 ├── BaseUnfit         the base cannot be trained here at all
 ├── MethodUnfit       this method cannot be trained on this base, and why
+├── ExpertUnfit       an adapter that a router cannot have as an expert
 ├── TemplateUnfit     the base's chat template does not show which tokens are the assistant's
 ├── DeviceMissing     a device that was asked for and is not there
 ├── OutputExists      a folder that the run would have to overwrite
@@ -54,6 +55,10 @@ class DataInvalid(TrainError):
 
 
 class DataUnusable(TrainError):
+    pass
+
+
+class ExpertUnfit(TrainError):
     pass
 
 
