@@ -158,7 +158,15 @@ class Bench:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)
-        return Graft(digest or str(folder), folder.name, lowered.sites, prefix, lowered.soft_prompt_VE, lowered.reach)
+        return Graft(
+            digest or str(folder),
+            folder.name,
+            lowered.sites,
+            prefix,
+            lowered.soft_prompt_VE,
+            lowered.reach,
+            lowered.router,
+        )
 
     def joined(self, mixture: Sequence[tuple[Graft, float]]) -> Prefix | None:
         """What the adapter store does with several prefixes."""

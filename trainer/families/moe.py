@@ -17,8 +17,10 @@ class LoraMoeOptions(Options):
     )
     top_k: int = Field(2, ge=2, description="experts that serve a token; one alone would teach the router nothing")
     load_balancing: float = Field(0.01, ge=0, description="price on uneven use of the experts, beside the loss")
-    dense_steps: int | None = Field(
-        None, ge=0, description="first steps in which every expert serves every token; default: half of the run"
+    imitation_steps: int | None = Field(
+        None,
+        ge=0,
+        description="first steps, in which the router learns which single expert knows a row best; default: half",
     )
 
     @model_validator(mode="after")
@@ -35,7 +37,7 @@ def lora_moe_config(options: LoraMoeOptions, anatomy: Anatomy) -> dict[str, Any]
         "experts": list(options.experts),
         "top_k": options.top_k,
         "router_aux_loss_coef": options.load_balancing,
-        "dense_steps": options.dense_steps or 0,
+        "imitation_steps": options.imitation_steps or 0,
     }
 
 
@@ -54,9 +56,9 @@ def lora_moe_settled(options: LoraMoeOptions, steps: int) -> LoraMoeOptions:
     found = [hub.resolve(parse_reference(expert)) for expert in options.experts]
     if len({one.digest for one in found}) < len(found):
         raise ValueError(f"experts {', '.join(options.experts)} name one version twice")
-    dense = steps // 2 if options.dense_steps is None else options.dense_steps
+    imitation = steps // 2 if options.imitation_steps is None else options.imitation_steps
     pinned = tuple(f"{one.name}@{one.digest}" for one in found)
-    return options.model_copy(update={"experts": pinned, "dense_steps": dense})
+    return options.model_copy(update={"experts": pinned, "imitation_steps": imitation})
 
 
 LORA_MOE: Final = Method(

@@ -3,10 +3,12 @@
     s_e = w_e . h / rms(h) in every decoder layer, h the layer's input; the top_k best share softmax(s)
     y += sum_e g_e B_e A_e x at every Linear of the layer, over the chosen experts alone
 
-While the first `dense_steps` are trained every expert takes part with its share of the softmax over all, so that each
-row of the router learns from every token; then as served. Beside the loss stands Switch's price on uneven use,
-E * sum_e (share of the choices that fell on e) * (mean probability of e), averaged over the layers; the gradient of one
-batch, however many batches make a step.
+Experts that were trained apart do not add up to anything of use, so the loss alone does not find the way from an even
+mixture to a choice. In the first `imitation_steps` each row is therefore served by the one expert under which its own
+answer is likeliest, and every layer learns, by cross entropy, to choose that one; nobody labels the rows. After that
+the router is trained as it is served, by the loss. Beside it stands Switch's price on uneven use, E * sum_e (share of
+the choices that fell on e) * (mean probability of e), averaged over the layers. Both prices are of one batch, however
+many batches make a step.
 Only the router is trained and saved: `router.weight` (L, E, H). Experts stay in the hub and are named by their digests.
 Source: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
 
@@ -25,9 +27,11 @@ from typing import Any, Final
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
 
 from hub.connect import open_hub
 from hub.ref import parse_reference
+from trainer.encode import IGNORED
 from trainer.errors import BaseUnfit, ExpertUnfit
 
 RMS_EPSILON: Final = 1e-6  # as in the server
@@ -61,14 +65,16 @@ class Router(nn.Module):
     steps: Tensor  # that have been trained; in the checkpoints
 
     def __init__(self, model: Any, config: Mapping[str, Any], experts: Sequence[Expert]) -> None:
-        """`config["dense_steps"]` is of training alone and not saved."""
+        """`config["imitation_steps"]` is of training alone and not saved."""
         super().__init__()
         self.active = True
         self._config = config
         self._top_k = int(config["top_k"])
         self._price = float(config["router_aux_loss_coef"])
-        self._dense_steps = int(config.get("dense_steps", 0))
+        self._imitation_steps = int(config.get("imitation_steps", 0))
         self._gates: Tensor | None = None
+        self._served_B: Tensor | None = None  # by which expert alone, instead of by choice
+        self._judging = False
         self._real_BT: Tensor | None = None
         blocks = decoder_layers(model)
         hidden = model.config.get_text_config().hidden_size
@@ -92,7 +98,7 @@ class Router(nn.Module):
             self.weight.copy_(tensors["router.weight"])
 
     def config(self) -> Mapping[str, Any]:
-        return {name: value for name, value in self._config.items() if name != "dense_steps"}
+        return {name: value for name, value in self._config.items() if name != "imitation_steps"}
 
     def before_step(self) -> None:
         """Nothing is added to the gradients: the price is inside them."""
@@ -103,6 +109,27 @@ class Router(nn.Module):
     def _read_mask(self, model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         self._real_BT = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if self._judging:
+            return
+        self._served_B = None
+        if self.training and int(self.steps) < self._imitation_steps:
+            self._served_B = self._best(model, kwargs)
+
+    def _best(self, model: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        """For every row of the batch the expert under which its learnt tokens are likeliest."""
+        inputs = {name: value for name, value in kwargs.items() if name in ("input_ids", "attention_mask")}
+        labels_BT = kwargs["labels"][:, 1:]
+        losses = []
+        self._judging = True
+        try:
+            with torch.no_grad():
+                for expert in range(self.weight.shape[1]):
+                    self._served_B = torch.full((len(labels_BT),), expert, device=labels_BT.device)
+                    logits_BVT = model(**inputs).logits[:, :-1].float().transpose(1, 2)
+                    losses.append(cross_entropy(logits_BVT, labels_BT, ignore_index=IGNORED, reduction="none").sum(1))
+        finally:
+            self._judging = False
+        return torch.stack(losses).argmin(0)
 
     def _enter(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
@@ -112,22 +139,33 @@ class Router(nn.Module):
         scores_BTE = normed @ self.weight[layer].t()
         probs_BTE = scores_BTE.softmax(-1)
         best_BTK, chosen_BTK = scores_BTE.topk(self._top_k, dim=-1)
-        if self.training and int(self.steps) < self._dense_steps:
-            self._gates = probs_BTE
+        if self._served_B is not None:
+            alone_BE = one_hot(self._served_B, probs_BTE.shape[-1]).to(probs_BTE)
+            self._gates = alone_BE[:, None].expand_as(probs_BTE)
         else:
             self._gates = torch.zeros_like(probs_BTE).scatter(-1, chosen_BTK, best_BTK.softmax(-1))
-        if not (self.training and torch.is_grad_enabled() and self._price):
+        if not (self.training and torch.is_grad_enabled()):
             return None
-        priced = _WithPrice.apply(h_BTH, self._price * self._unevenness(probs_BTE, chosen_BTK) / len(self.weight))
+        price = self._price * self._unevenness(probs_BTE, chosen_BTK)
+        if self._served_B is not None:
+            missed_BT = cross_entropy(
+                scores_BTE.transpose(1, 2), self._served_B[:, None].expand(scores_BTE.shape[:2]), reduction="none"
+            )
+            price = price + self._of_real(missed_BT).mean()
+        priced = _WithPrice.apply(h_BTH, price / len(self.weight))
         return ((priced, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": priced})
 
     def _unevenness(self, probs_BTE: Tensor, chosen_BTK: Tensor) -> Tensor:
         """One when use is even; only tokens that are no padding count."""
         experts = probs_BTE.shape[-1]
         used_BTE = torch.zeros_like(probs_BTE).scatter(-1, chosen_BTK, 1.0 / chosen_BTK.shape[-1])
-        if self._real_BT is not None and self._real_BT.shape == probs_BTE.shape[:2]:
-            used_BTE, probs_BTE = used_BTE[self._real_BT], probs_BTE[self._real_BT]
-        return experts * (used_BTE.reshape(-1, experts).mean(0) * probs_BTE.reshape(-1, experts).mean(0)).sum()
+        return experts * (self._of_real(used_BTE).mean(0) * self._of_real(probs_BTE).mean(0)).sum()
+
+    def _of_real(self, value_BT: Tensor) -> Tensor:
+        """The tokens that are no padding, in one row."""
+        if self._real_BT is None:
+            return value_BT.flatten(0, 1)
+        return value_BT[self._real_BT]
 
     def _hook(self, linear: nn.Module, lows: Sequence[Low | None]) -> None:
         there = [(number, low) for number, low in enumerate(lows) if low is not None]
