@@ -46,7 +46,11 @@ class Destination:
 
 
 def register(app: typer.Typer) -> None:
+    from trainer.commands import extract_command, fuse_command  # they share this file's parts
+
     app.command("train")(train_command)
+    app.command("fuse")(fuse_command)
+    app.command("extract")(extract_command)
 
 
 def train_command(

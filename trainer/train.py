@@ -357,7 +357,7 @@ def finish(
     tuner.save(model, staging, recipe.base)
     loaded = export.load_adapter(staging, base, device)
     metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
-    export.write_golden(loaded, staging, base, lesson.held_out)
+    export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out))
     export.write_records(staging, record(recipe, library_versions()), metrics)
     export.publish(staging, out)
     shutil.rmtree(work)
