@@ -102,7 +102,7 @@ def run(room: Path) -> dict[str, Any]:
     ways: dict[str, dict[str, dict[str, Any]]] = {
         "the right adapter": {skill: {"model": skill} for skill in SKILLS},
         "gate": {skill: {"model": "router"} for skill in SKILLS},
-        "arrow": {skill: arrow for skill in SKILLS},
+        "arrow": dict.fromkeys(SKILLS, arrow),
         "the bare base": {skill: {} for skill in SKILLS},
     }
     with serving("seedling", room / "server.log") as url:

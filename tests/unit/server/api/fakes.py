@@ -114,7 +114,9 @@ class FakeStream:
                 self._events.put_nowait(Finished("stop", len(request.prompt_ids), count + 1, cached, token_id))
                 return
             score = None if request.logprobs is None else engine.score(token_id, request.logprobs)
-            self._events.put_nowait(Sampled(token_id, score, cached))
+            told = len(request.prompt_ids) if count == 0 else 1
+            routes = ((((1, 0.75), (0, 0.25)),),) * told if request.return_routing else ()
+            self._events.put_nowait(Sampled(token_id, score, cached, routes))
             count += 1
 
 
