@@ -76,6 +76,25 @@ def test_computing_the_chosen_alone_equals_computing_all_and_masking(seed: int, 
         torch.testing.assert_close(got, plain, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@given(seeds, ranks, tokens)
+@SETTINGS
+def test_arrow_scores_by_the_length_along_each_direction_whatever_its_sign(
+    seed: int, sizes: list[int], count: int
+) -> None:
+    """Among those that have a term at this Linear."""
+    rng = random(seed)
+    lows, x = some_lows(rng, sizes), torch.randn(count, IN, generator=rng)
+    directions = [None if low is None else route.prototype(low) for low in lows]
+    operand = route.pack([None if low is None else (low, way) for low, way in zip(lows, directions, strict=True)])
+    routed = some_routed(rng, count, len(sizes))
+    got = route.arrow(x, routed, operand).dense(len(sizes))
+    for token in range(count):
+        scores = torch.tensor([0.0 if way is None else abs(float(x[token] @ way)) for way in directions])
+        may = [a and low is not None for a, low in zip(routed.allowed_RC[token].tolist(), lows, strict=True)]
+        plain = route.select_loop(scores, may, int(routed.top_k_R[token]), float(routed.temperature_R[token]))
+        torch.testing.assert_close(got[token], plain, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @given(seeds, st.integers(1, 5))
 @SETTINGS
 def test_a_prototype_is_the_input_that_the_delta_stretches_most(seed: int, rank: int) -> None:
