@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.primitives.experts import Route
 from server.primitives.graft import Graft
 from server.primitives.prefix import Prefix
+from server.primitives.routed_experts import Route
 from server.records import Event, GenerationRequest, Mixture, RoutingOrder
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from server.primitives import route
-from server.primitives.experts import Expert, Route
 from server.primitives.graft import Graft
 from server.primitives.lowrank import LowRank
 from server.primitives.route import ExpertOperand, GateSpace
+from server.primitives.routed_experts import Expert, Route
 
 
 class ExpertBank:

@@ -39,9 +39,9 @@ from server.errors import (
     Unavailable,
 )
 from server.metrics import Metrics
-from server.primitives.experts import Expert, Route, make_prototypes, why_no_expert
 from server.primitives.graft import Graft, check_mixture, combined, prefixed
 from server.primitives.prefix import Prefix
+from server.primitives.routed_experts import Expert, Route, make_prototypes, why_no_expert
 from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, Routing, RoutingOrder
 
 log = logging.getLogger(__name__)

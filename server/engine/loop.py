@@ -32,9 +32,9 @@ from server.policy.blocks import BlockPool
 from server.policy.reach import Course, Term, course, nowhere
 from server.policy.schedule import Chunk, Outcome, Scheduler, Step
 from server.policy.schedule import Sequence as ScheduledSequence
-from server.primitives.experts import Route
 from server.primitives.graft import Graft, combined, prefixed
 from server.primitives.prefix import Prefix
+from server.primitives.routed_experts import Route
 from server.records import (
     Event,
     Failed,

@@ -14,9 +14,9 @@ from server.model.kv import KvCache
 from server.model.network import Batch
 from server.policy.reach import pieces
 from server.policy.schedule import Chunk, Step
-from server.primitives.experts import Route
 from server.primitives.gates import gates_from_rows
 from server.primitives.graft import Graft
+from server.primitives.routed_experts import Route
 
 NO_ROUTES: Mapping[int, Route] = {}
 

@@ -9,8 +9,8 @@ import torch
 
 from server.adapters.expert_bank import ExpertBank
 from server.policy.schedule import Chunk
-from server.primitives.experts import Route
 from server.primitives.route import Routed, Routes
+from server.primitives.routed_experts import Route
 from server.records import RouteRow
 
 SHARE_DIGITS = 4

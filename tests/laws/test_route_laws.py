@@ -9,10 +9,10 @@ from torch import Tensor
 
 from server.adapters.expert_bank import ExpertBank
 from server.primitives import route
-from server.primitives.experts import Expert, Route, make_prototypes
 from server.primitives.graft import Graft
 from server.primitives.lowrank import LowRank
 from server.primitives.route import Routed, Router, Routes, Selection
+from server.primitives.routed_experts import Expert, Route, make_prototypes
 from server.primitives.site import SiteValue
 
 IN, OUT = 6, 10

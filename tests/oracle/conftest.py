@@ -28,9 +28,9 @@ from server.model.network import Network
 from server.policy.blocks import BlockPool
 from server.policy.schedule import Scheduler
 from server.policy.schedule import Sequence as Scheduled
-from server.primitives.experts import Route
 from server.primitives.graft import Graft, combined, prefixed
 from server.primitives.prefix import Prefix
+from server.primitives.routed_experts import Route
 from server.records import RouteRow
 from tests.oracle.kinds import Row, make_adapter, rows
 

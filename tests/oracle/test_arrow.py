@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from peft import ArrowConfig, create_arrow_model
 
-from server.primitives.experts import Expert, Route, make_prototypes, why_no_expert
 from server.primitives.graft import Graft
+from server.primitives.routed_experts import Expert, Route, make_prototypes, why_no_expert
 from tests.oracle.conftest import Bench, TinyBase
 from tests.oracle.experts import logits, make_expert, prompt
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from server.primitives.experts import Expert, Route, make_prototypes, why_no_expert
 from server.primitives.graft import Graft
+from server.primitives.routed_experts import Expert, Route, make_prototypes, why_no_expert
 from tests.oracle.conftest import Bench, TinyBase
 from tests.oracle.experts import logits, make_expert, prompt
 from trainer.modules.attach import put_on, write

@@ -21,8 +21,8 @@ from server.errors import (
     QueueFull,
     ServerError,
 )
-from server.primitives.experts import Route
 from server.primitives.graft import Graft
+from server.primitives.routed_experts import Route
 from server.records import (
     AdapterTerm,
     Event,
