@@ -42,6 +42,10 @@ def positive(value: Any) -> str | None:
     return None if type(value) is int and value > 0 else f"must be a whole number above 0, not {shown(value)}"
 
 
+def whole(value: Any) -> str | None:
+    return None if type(value) is int and value >= 0 else f"must be a whole number, not {shown(value)}"
+
+
 def seed(value: Any) -> str | None:
     """What torch takes as the seed of a generator."""
     if type(value) is int and -(2**63) <= value < 2**64:

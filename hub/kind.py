@@ -5,20 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Kind = Literal[
-    "lora",
-    "adalora",
-    "vera",
-    "loha",
-    "hra",
-    "miss",
-    "delora",
-    "ia3",
-    "beft",
-    "prefix",
-    "prompt",
-    "p-tuning",
-    "lora-moe",
-    "bottleneck",
-    "loreft",
-]
+    "lora", "adalora", "vera", "loha", "hra", "miss", "delora", "ia3", "beft",
+    "oft", "boft", "road", "shira", "sparse", "lokr", "fourierft", "c3a", "hira",
+    "prefix", "prompt", "p-tuning",
+    "bottleneck", "loreft", "lora-moe",
+]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)

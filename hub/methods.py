@@ -9,49 +9,47 @@ from typing import Any
 
 from hub.families.adalora import ADALORA
 from hub.families.beft import BEFT
+from hub.families.boft import BOFT
 from hub.families.bottleneck import BOTTLENECK
+from hub.families.c3a import C3A
 from hub.families.delora import DELORA
+from hub.families.fourierft import FOURIERFT
+from hub.families.hira import HIRA
 from hub.families.hra import HRA
 from hub.families.ia3 import IA3
 from hub.families.loha import LOHA
+from hub.families.lokr import LOKR
 from hub.families.lora import LORA
 from hub.families.lora_moe import LORA_MOE
 from hub.families.loreft import LOREFT
 from hub.families.method import Complaint, Config, Method
 from hub.families.miss import MISS
+from hub.families.oft import OFT
 from hub.families.prompts import P_TUNING, PREFIX, PROMPT
+from hub.families.road import ROAD
+from hub.families.shira import SHIRA
+from hub.families.sparse import SPARSE
 from hub.families.vera import VERA
 from hub.ref import printable
 
-METHODS: Mapping[str, Method] = {
-    method.peft_type: method
-    for method in (
-        LORA,
-        ADALORA,
-        VERA,
-        LOHA,
-        HRA,
-        MISS,
-        DELORA,
-        IA3,
-        BEFT,
-        PREFIX,
-        PROMPT,
-        P_TUNING,
-        BOTTLENECK,
-        LOREFT,
-        LORA_MOE,
-    )
-}
+_ROWS = (
+    LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT,
+    OFT, BOFT, ROAD, SHIRA, SPARSE, LOKR, FOURIERFT, C3A, HIRA,
+    PREFIX, PROMPT, P_TUNING,
+    BOTTLENECK, LOREFT, LORA_MOE,
+)  # fmt: skip
+METHODS: Mapping[str, Method] = {method.peft_type: method for method in _ROWS}
 
 # Why a kind that people have is not in the table.
 _NOT_SERVED: Mapping[str, str] = {
-    "ROAD": "it rotates pairs of outputs, which no sum of low-rank, scale and bias gives",
+    "WAVEFT": "the wavelets that it is made of are tables of PEFT's own",
+    "RANDLORA": "its change is of full rank, of random bases that PEFT draws anew from a seed or not at all",
+    "GLORA": "its change is of full rank, by a form of each layer's own choice",
     "LILY": "its router averages over all tokens of a batch, so neighbours would change each other's answers",
     "BONE": "PEFT has renamed it; save it as MISS",
 }
 
-_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
+_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules", "target_parameters"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,12 +175,12 @@ def _parents(manifest: Manifest) -> str | None:
 
 
 def _making(recipe: Mapping[str, Any] | None) -> str | None:
-    """The method of a fusion and its settings."""
-    fusion = (recipe or {}).get("fusion")
-    if not isinstance(fusion, dict) or not fusion:
-        return None
-    settings = " ".join(f"{key}={_text(value)}" for key, value in fusion.items() if key != "method")
-    return " ".join(["fuse", str(_text(fusion.get("method"))), settings]).strip()
+    """How it came about without training, and by which settings."""
+    for how, key in (("fuse", "fusion"), ("extract", "extraction")):
+        settings = (recipe or {}).get(key)
+        if isinstance(settings, dict) and settings:
+            return " ".join([how, *(f"{name}={_text(value)}" for name, value in settings.items())])
+    return None
 
 
 def _pairs(metrics: Mapping[str, Any] | None) -> str | None:

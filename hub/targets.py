@@ -37,12 +37,14 @@ _MANY_LEAVES = 2000
 _REPEATS = (ops.MAX_REPEAT, ops.MIN_REPEAT, getattr(ops, "POSSESSIVE_REPEAT", None))
 _REFUSED_OPS = (ops.GROUPREF, ops.GROUPREF_EXISTS, ops.ASSERT, ops.ASSERT_NOT)
 _ONE_CHARACTER = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
-_NAMED = ("target_modules", "exclude_modules", "feedforward_modules")
+_NAMED = ("target_modules", "exclude_modules", "feedforward_modules", "target_parameters")
 _NUMBERED = re.compile(r".*?\.[^.]*\.(?P<idx>[0-9]+)\.")
 # Where PEFT puts a pattern: at the end of a name, and before the number of a layer.
 _AT_THE_END = r"(.*\.)?({})$"
 _BEFORE_A_NUMBER = r"(?:^|.*?\.){}\.(?P<idx>[0-9]+)\."
-_CONTEXTS = (_AT_THE_END, _BEFORE_A_NUMBER)
+_AFTER_A_DOT = r".*\.{}$"  # where PEFT's older kinds put one: without the brackets, so that a|b means something else
+_CONTEXTS = (_AT_THE_END, _BEFORE_A_NUMBER, _AFTER_A_DOT)
+_END_PATTERNS = ("rank_pattern", "n_frequency_pattern", "block_size_pattern")
 
 Value = TypeVar("Value")
 
@@ -102,7 +104,7 @@ def matching_complaint(config: Mapping[str, Any], modules: Modules) -> str | Non
 def _patterns(config: Mapping[str, Any]) -> list[tuple[str, int]]:
     """Every regular expression, and how many repeats PEFT puts around it."""
     whole = [(config[key], 0) for key in _NAMED if isinstance(config.get(key), str)]
-    at_the_end = [(pattern, 1) for pattern in config.get("rank_pattern") or ()]
+    at_the_end = [(pattern, 1) for key in _END_PATTERNS for pattern in config.get(key) or ()]
     layers = config.get("layers_pattern") or []
     return whole + at_the_end + [(pattern, 2) for pattern in ([layers] if isinstance(layers, str) else layers)]
 
@@ -113,6 +115,14 @@ def pattern_value(patterns: Mapping[str, Value], module: str, default: Value) ->
         if _at_the_end(pattern).match(module):
             return value
     return default
+
+
+def dotted_pattern_value(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
+    """As `pattern_value`, by the rule of C3A and FourierFT; without a match the module's whole name is looked up."""
+    for pattern, value in patterns.items():
+        if _after_a_dot(pattern).match(module):
+            return value
+    return patterns.get(module, default)
 
 
 def target_complaints(config: Mapping[str, Any], modules: Modules) -> list[str]:
@@ -209,6 +219,11 @@ def _layer_is_meant(config: Mapping[str, Any], module: str) -> bool:
 @lru_cache(maxsize=4096)  # more than one config has: the cache of `re` is smaller
 def _at_the_end(pattern: str) -> re.Pattern[str]:
     return re.compile(_AT_THE_END.format(pattern))
+
+
+@lru_cache(maxsize=4096)
+def _after_a_dot(pattern: str) -> re.Pattern[str]:
+    return re.compile(_AFTER_A_DOT.format(pattern))
 
 
 def _missing(name: str, leaves: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from hub.ref import printable
 from hub.tensors import BYTES_OF, TensorEntry, read_header
 
 WEIGHT_DTYPES = ("F32", "F16", "BF16")
+PLACE_DTYPE = "I32"
 MAX_GOLDEN_ROWS = 256
 MAX_GOLDEN_TOKENS = 4096
 
@@ -61,11 +62,7 @@ def scan_weights(source: BinaryIO, size: int, *, layout: Layout | None, modules:
             non_finite[entry.name] = non_finite.get(entry.name, 0) + count_non_finite(chunk, entry.dtype)
 
     scan = _scan(WEIGHTS_FILE, source, size=size, consume=consume)
-    reasons = [
-        (entry.name, f"dtype {entry.dtype} is not served; served are {', '.join(WEIGHT_DTYPES)}")
-        for entry in scan.entries.values()
-        if entry.dtype not in WEIGHT_DTYPES
-    ]
+    reasons = [(entry.name, reason) for entry in scan.entries.values() if (reason := _wrong_dtype(entry, layout))]
     reasons += [
         (name, f"holds {count} NaN or infinite of {scan.entries[name].elements} values")
         for name, count in non_finite.items()
@@ -106,6 +103,16 @@ def scan_golden(source: BinaryIO, size: int, *, rows: Any, base: Base | None) ->
             dtype, shape = wanted[name]
             reasons.append((name, f"is {found.dtype} {_shape(found.shape)}, must be {dtype} {_shape(shape)}"))
     return _with(scan, GOLDEN_TENSORS_FILE, reasons)
+
+
+def _wrong_dtype(entry: TensorEntry, layout: Layout | None) -> str | None:
+    """Weights are numbers with a point, places are not; without a layout nobody knows which are which."""
+    served: tuple[str, ...]
+    if layout is None:
+        served = (*WEIGHT_DTYPES, PLACE_DTYPE)
+    else:
+        served = (PLACE_DTYPE,) if entry.name in layout.integers else WEIGHT_DTYPES
+    return None if entry.dtype in served else f"dtype {entry.dtype} is not served; served are {', '.join(served)}"
 
 
 def golden_problems(value: Any) -> list[Problem]:

@@ -38,18 +38,26 @@ _Parameter = Annotated[list[_Size], Field(min_length=3, max_length=3)]
 
 def _few_complaints(value: Any) -> Any:
     """Every wrong item of a body would become a record much larger than itself: the first one is enough."""
+    return _first_complaint(value, ("inputs", "outputs"), "its two sizes")
+
+
+def _few_complaints_of_parameters(value: Any) -> Any:
+    return _first_complaint(value, ("experts", "inputs", "outputs"), "its three sizes")
+
+
+def _first_complaint(value: Any, sizes: tuple[str, ...], named: str) -> Any:
     if isinstance(value, dict):
         if len(value) > MAX_MODULES:
             raise ValueError(f"{len(value)} modules are above the limit of {MAX_MODULES}")
-        wrong = next((name for name, sizes in value.items() if not _is_linear(name, sizes)), None)
+        wrong = next((name for name, given in value.items() if not _are_sizes(name, given, len(sizes))), None)
         if wrong is not None:
-            raise ValueError(f"{printable(wrong)} must be a name with its two sizes, [inputs, outputs]")
+            raise ValueError(f"{printable(wrong)} must be a name with {named}, [{', '.join(sizes)}]")
     return value
 
 
-def _is_linear(name: str, sizes: Any) -> bool:
-    whole = isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int for size in sizes)
-    return whole and 1 <= min(sizes) <= max(sizes) <= MAX_SIZE and 1 <= len(name) <= MAX_MODULE_NAME
+def _are_sizes(name: str, given: Any, count: int) -> bool:
+    whole = isinstance(given, list) and len(given) == count and all(type(size) is int for size in given)
+    return whole and 1 <= min(given) <= max(given) <= MAX_SIZE and 1 <= len(name) <= MAX_MODULE_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +125,7 @@ class ModulesBody(Body):
     linears: Annotated[dict[_Module, _Linear], Field(max_length=MAX_MODULES), BeforeValidator(_few_complaints)]
     others: Annotated[list[_Module], Field(max_length=MAX_MODULES), FailFast()]
     parameters: Annotated[
-        dict[_Module, _Parameter], Field(max_length=MAX_MODULES), BeforeValidator(_few_complaints)
+        dict[_Module, _Parameter], Field(max_length=MAX_MODULES), BeforeValidator(_few_complaints_of_parameters)
     ] = {}
 
     def record(self) -> Modules:

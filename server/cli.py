@@ -43,6 +43,14 @@ def serve(
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV of equal beginnings.")] = _ENGINE.prefix_cache,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one product (default: torch's).", min=1)] = None,
     max_rank: Annotated[int, typer.Option(help="Largest rank of a LoRA adapter.", min=1)] = _ADAPTERS.max_rank,
+    max_delta_error: Annotated[
+        float,
+        typer.Option(
+            help="Largest relative error of a full-rank change (LoKr, HiRA, ...) at low rank; 0: only exact.",
+            min=0,
+            max=1,
+        ),
+    ] = _ADAPTERS.max_delta_error,
     max_virtual: Annotated[
         int, typer.Option(help="Most virtual tokens of a prefix or soft prompt.", min=1)
     ] = _ADAPTERS.max_virtual,
@@ -98,6 +106,7 @@ def serve(
         ),
         adapters=AdapterConfig(
             max_rank=max_rank,
+            max_delta_error=max_delta_error,
             max_virtual=max_virtual,
             max_terms=max_terms,
             max_weight=max_weight,

@@ -32,6 +32,7 @@ class AdapterConfig:
     """Limits of what may be loaded. Bytes are counted as the adapter really takes them in memory."""
 
     max_rank: int = 256
+    max_delta_error: float = 1e-2  # of a full-rank change's norm, by which the served low-rank one may be off
     max_virtual: int = 512  # virtual tokens
     max_terms: int = 16
     max_weight: float = 100.0  # |weight| of one term

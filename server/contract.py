@@ -88,6 +88,8 @@ class AdapterStatus:
     rank: int | None
     references: tuple[str, ...]  # every string under which it can be asked for now
     error: str | None = None
+    # Of a kind of full rank, served as the closest low-rank change: the largest error at any Linear, relative to it.
+    approximation: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

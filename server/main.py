@@ -76,9 +76,11 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
         max_rank=config.adapters.max_rank,
         max_virtual=min(config.adapters.max_virtual, engine.max_model_len // 2),
         weight=network.weight,
+        max_delta_error=config.adapters.max_delta_error,
         norms=facts.norms,
         embedding=facts.embedding,
         places=facts.places,
+        parameters=facts.parameters,
         decoder_layers=facts.decoder_layers,
     )
     source = Source(hub, base, default_alias=config.adapters.default_alias, allow=config.adapters.allow)

@@ -17,7 +17,7 @@ from hub.errors import BadReference, HubError
 from hub.methods import Limits
 from hub.ref import parse_mixture, parse_reference
 from trainer.cli import DeviceName, failures_on_stderr
-from trainer.errors import ExtractionRefused, OutputExists
+from trainer.errors import ExtractionRefused, FusionRefused, OutputExists
 
 if TYPE_CHECKING:
     from hub.contract import Pushed
@@ -78,6 +78,11 @@ def fuse_command(
 
     terms = parse_mixture(mixture)
     hub = open_hub()
+    with failures_on_stderr():
+        if rank is not None and rank > LARGEST_RANK:
+            raise FusionRefused(too_large(rank))
+        for term in terms:  # a name that is not there is told before the libraries are loaded
+            hub.resolve(term.reference)
     with failures_on_stderr(), working("fusing", threads) as report, scratch() as work:
         from trainer.fuse import Plan, fuse
 
@@ -99,7 +104,7 @@ def fuse_command(
     metrics = fused.metrics
     typer.echo(f"relative error against the exact sum of the deltas: {metrics['relative_error']:.3g}{worst(metrics)}")
     if method.value not in (*EXACT, FuseMethod.SVD):
-        typer.echo(f"of which the rank alone takes {metrics['rank_error']:.3g}")
+        typer.echo(f"against the merge itself, which the rank cuts: {metrics['rank_error']:.3g}")
     typer.echo(f"{pushed.name}@{pushed.version} {pushed.digest}")
 
 
@@ -132,7 +137,9 @@ def extract_command(
         hub = None
         if push is not None:
             check_push_name("--push", push)
-            check_hub_rank(rank if rank is not None else max_rank)
+            largest = rank if rank is not None else max_rank
+            if largest > LARGEST_RANK:
+                raise ExtractionRefused(too_large(largest))
             from hub.connect import open_hub
 
             hub = open_hub()
@@ -142,7 +149,8 @@ def extract_command(
         from trainer.export import publish
         from trainer.extract import Plan, extract, told_of
 
-        with scratch(beside=out) as work:
+        place = out if out is not None else Path(str(push).replace("/", "-"))
+        with scratch(beside=place) as work:
             folder = work / "adapter"
             folder.mkdir()
             plan = Plan(rank, energy, max_rank)
@@ -152,9 +160,9 @@ def extract_command(
                 try:
                     pushed = hub.push(folder, str(push), aliases=tuple(alias or ()), note=note, base=made.base_folder)
                 except HubError:
-                    if out is not None:
-                        publish(folder, out)
-                        typer.echo(f"the extracted adapter stays in {out}", err=True)
+                    if not place.exists():
+                        publish(folder, place)
+                        typer.echo(f"the extracted adapter stays in {place}", err=True)
                     raise
             if out is not None:
                 publish(folder, out)
@@ -198,9 +206,8 @@ def check_push_name(option: str, name: str) -> None:
         raise BadReference(f"{option} {name}: a name is wanted, without a version or alias")
 
 
-def check_hub_rank(rank: int) -> None:
-    if rank > LARGEST_RANK:
-        raise ExtractionRefused(f"rank {rank} is above max_rank {LARGEST_RANK} (the largest that the hub accepts)")
+def too_large(rank: int) -> str:
+    return f"rank {rank} is above max_rank {LARGEST_RANK} (the largest that the hub accepts)"
 
 
 def worst(metrics: Any) -> str:
@@ -215,7 +222,7 @@ def pushed_json(pushed: Pushed) -> dict[str, Any]:
 
 
 @contextmanager
-def scratch(beside: Path | None = None) -> Iterator[Path]:
+def scratch(*, beside: Path | None = None) -> Iterator[Path]:
     """A folder that is gone afterwards; on the disk of the folder that it becomes."""
     parent = None if beside is None else beside.absolute().parent
     if parent is not None:
@@ -228,11 +235,11 @@ def scratch(beside: Path | None = None) -> Iterator[Path]:
 def working(work: str, threads: int | None) -> Iterator[Bar | Lines]:
     """The libraries, quiet, and a bar or lines on stderr."""
     from trainer.progress import Bar, terminal_reporter
-    from trainer.quiet import quiet_libraries
+    from trainer.quiet import quiet_models
 
     report = terminal_reporter(work)
     report.note("loading the libraries")
-    quiet_libraries()
+    quiet_models()
     if threads is not None:
         import torch
 

@@ -1,7 +1,7 @@
 """A whole fine-tune as a low-rank adapter: per Linear the nearest matrix of low rank to the difference of two models.
 
-Both models are read tensor by tensor from their safetensors, so that memory holds two tensors, never two models; base
-and fine-tune may lie in other shards and other dtypes, and are subtracted in fp32. What differs outside the Linears
+Both models are read tensor by tensor from their safetensors, so that memory holds one pair of tensors and the adapter,
+never two models; they may lie in other shards and dtypes, and are subtracted in fp32. What differs outside the Linears
 cannot be part of it: it is measured, named and recorded, or refused with --strict.
 
 Law: a change of rank N at the Linears alone is found exactly by --rank N; --energy E keeps at least E of the squared
@@ -42,7 +42,7 @@ from trainer.progress import SILENT, Counter, counted
 
 RECORD: Final = "extract"
 HEAD: Final = "lm_head.weight"
-EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight")
+EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 FLOATS: Final = ("F64", "F32", "F16", "BF16")
 
 

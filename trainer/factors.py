@@ -19,6 +19,8 @@ from torch import Tensor
 
 # Below this share of the largest singular value fp32 holds nothing of a matrix.
 ROUNDING: Final = torch.finfo(torch.float32).eps
+# Below this share of its parts a sum is what fp64 leaves of parts that cancel each other out.
+CANCELLED: Final = 2.0**-40
 OVERSAMPLING: Final = 8
 PROBE_SEED: Final = 0  # what is found does not depend on it, only its last bits
 
@@ -70,7 +72,8 @@ def compress(factors: Factors, choose: Chooser) -> Factors:
     """The nearest matrix of the rank that is chosen."""
     left_OK, core, right_IK = _core(factors)
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-    rank = choose(S.square())
+    parts = torch.linalg.matrix_norm(factors.B_OR) * torch.linalg.matrix_norm(factors.A_RI)
+    rank = choose(S.where(S.gt(CANCELLED * parts), 0).square())
     root = S[:rank].sqrt()
     return Factors((right_IK @ Vh[:rank].mT).mT * root[:, None], (left_OK @ U[:, :rank]) * root)
 

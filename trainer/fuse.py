@@ -15,7 +15,7 @@ See docs/decisions/0014.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +34,7 @@ from trainer.card import fusion_card
 from trainer.errors import FusionRefused
 from trainer.export import SCHEMA_VERSION
 from trainer.factors import (
+    CANCELLED,
     Chooser,
     Factors,
     at_most,
@@ -95,11 +96,12 @@ class Fused:
 
 @dataclass(frozen=True)
 class Measured:
-    """Frobenius norms at one Linear: of the exact sum, of the distance to it, and of what the rank took away."""
+    """Frobenius norms at one Linear: of the exact sum and the distance to it, of the merge and the distance to that."""
 
     factors: Factors
     size: float
     error: float
+    merged: float
     cut: float
 
 
@@ -133,7 +135,7 @@ def fuse(
     if parents[0].manifest.kind == "ia3":
         scales = fused_scales(parents, deltas)
         plain.write_ia3(folder, scales, stock)
-        metrics: dict[str, Any] = {"relative_error": 0.0, "linears_fused": len(scales)}
+        metrics = scale_errors(scales)
     else:
         linears, biases, metrics = fused_linears(parents, deltas, known, plan, limits, on, report)
         plain.write_lora(folder, linears, biases, stock)
@@ -240,11 +242,13 @@ def fused_linear(
     ]
     exact = concatenate(parts)
     size = norm(exact)
+    if size <= CANCELLED * sum(norm(part) for part in parts):
+        size, exact = 0.0, Factors(exact.A_RI[:0], exact.B_OR[:, :0])
     if plan.method not in MERGES:
         made = exact if plan.method == "cat" else compress(exact, choose)
         factors = stored(made)
         error = distance(factors, exact)
-        return Measured(factors, size, error, error)
+        return Measured(factors, size, error, size, error)
     vectors = [
         Vector(parent.weight, one.dense, f"{parent.digest}/{module}")
         for parent, one in ((parent, Factors(f.A_RI.to(device), f.B_OR.to(device))) for parent, f in terms)
@@ -253,7 +257,8 @@ def fused_linear(
     factors = stored(compress_dense(merged, choose))
     approximation = factors.dense()
     error = float(torch.linalg.matrix_norm(approximation - exact.dense()))
-    return Measured(factors, size, error, float(torch.linalg.matrix_norm(approximation - merged)))
+    cut = float(torch.linalg.matrix_norm(approximation - merged))
+    return Measured(factors, size, error, float(torch.linalg.matrix_norm(merged)), cut)
 
 
 def fused_biases(parents: Sequence[Parent], deltas: Sequence[Delta], plan: Plan) -> Mapping[str, Tensor]:
@@ -299,14 +304,15 @@ def thinning(plan: Plan) -> Thinning:
 
 
 def errors(measured: Mapping[str, Measured]) -> dict[str, Any]:
-    """Relative to the exact sum: over all Linears together, and the worst of them."""
-    size, error, cut = (
-        math.hypot(*(getattr(one, name) for one in measured.values())) for name in ("size", "error", "cut")
-    )
+    """Relative to the exact sum, over all Linears and at the worst of them; `rank_error` is relative to the merge."""
+
+    def total(part: Callable[[Measured], float]) -> float:
+        return math.hypot(*(part(one) for one in measured.values()))
+
     worst = max(measured, key=lambda module: share(measured[module].error, measured[module].size), default=None)
     return {
-        "relative_error": share(error, size),
-        "rank_error": share(cut, size),
+        "relative_error": share(total(lambda one: one.error), total(lambda one: one.size)),
+        "rank_error": share(total(lambda one: one.cut), total(lambda one: one.merged)),
         "worst_relative_error": 0.0 if worst is None else share(measured[worst].error, measured[worst].size),
         "worst_linear": worst,
         "linears_fused": len(measured),
@@ -315,6 +321,13 @@ def errors(measured: Mapping[str, Measured]) -> dict[str, Any]:
             for module, one in measured.items()
         },
     }
+
+
+def scale_errors(scales: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of IA3 only rounding is lost, when the sums are stored in fp32."""
+    rounding = [float(torch.linalg.vector_norm(scale.float().double() - scale)) for scale in scales.values()]
+    size = [float(torch.linalg.vector_norm(scale - 1)) for scale in scales.values()]
+    return {"relative_error": share(math.hypot(*rounding), math.hypot(*size)), "linears_fused": len(scales)}
 
 
 def share(part: float, whole: float) -> float:

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field, model_validator
 
-from trainer.anatomy import Anatomy
+from hub.experts import KINDS
+from trainer.anatomy import Anatomy, names
 from trainer.families.edits import BOTTLENECK, LOREFT
 from trainer.families.moe import LORA_MOE
 from trainer.families.sparse import DIFF_PRUNING, LT_SFT
@@ -106,13 +107,26 @@ def lora_config(options: LoraOptions, anatomy: Anatomy) -> Any:
         lora_dropout=options.dropout,
         use_rslora=options.rslora,
         use_dora=options.dora,
-        target_modules=list(options.targets or anatomy.linear_names),
+        target_modules=list(
+            options.targets or [name for name in anatomy.linear_names if not of_experts(name, anatomy)]
+        ),
         fan_in_fan_out=anatomy.conv1d,
     )
 
 
 def lora_problems(options: LoraOptions, anatomy: Anatomy, plan: Plan) -> list[str]:
-    return unknown_targets(options.targets or (), anatomy)
+    mistaken = [name for name in options.targets or () if of_experts(name, anatomy)]
+    return [
+        f"target {name}: on {anatomy.model_type}, PEFT takes it for experts or a router by their name of before "
+        "transformers 5; those are not trained here"
+        for name in mistaken
+    ] + unknown_targets([name for name in options.targets or () if name not in mistaken], anatomy)
+
+
+def of_experts(target: str, anatomy: Anatomy) -> bool:
+    """Whether PEFT's LoRA would take the name of a linear module for that of a fused weight."""
+    kind = KINDS.get(anatomy.model_type)
+    return kind is not None and any(names(before, target) for before in kind.before)
 
 
 def ia3_config(options: Ia3Options, anatomy: Anatomy) -> Any:

@@ -4,12 +4,18 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Silence what transformers, datasets and PEFT print about themselves. Errors are still raised."""
+    """Silence what the libraries of a training run print about themselves. Errors are still raised."""
+    quiet_models()
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def quiet_models() -> None:
+    """The same for work that only loads models and adapters, and so without the libraries that train."""
     for library in ("transformers", "trl", "peft", "datasets", "torch"):
         warnings.filterwarnings("ignore", module=library)
-    import datasets
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    datasets.disable_progress_bars()

@@ -75,11 +75,10 @@ def _layout(config: Config, base: Base, modules: Modules) -> Layout:
     sizes = {layer: size_of(config, layer) for layer in layers}
     complaints += _indivisible(config, base, sizes.values())
     shapes: dict[str, tuple[int, ...]] = {}
-    if not complaints:
-        for layer, size in sizes.items():
-            for sublayer in config["places"]:
-                parts = _parts(config, base.hidden_size, size)
-                shapes |= {f"layers.{layer}.{sublayer}.{part}": shape for part, shape in parts.items()}
+    for layer, size in sizes.items():
+        parts = _parts(config, base.hidden_size, size)
+        for sublayer in config["places"]:
+            shapes |= {f"layers.{layer}.{sublayer}.{part}": shape for part, shape in parts.items()}
     return Layout(shapes, tuple(complaints), max(sizes.values(), default=None), tuple(sorted(config["places"])))
 
 

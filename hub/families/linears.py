@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
 
 from hub import fields
 from hub.base import Base, Linear, Modules, conv1d_layers
@@ -30,11 +32,12 @@ TARGETS: Mapping[str, Field] = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a config demands at one Linear; `shapes` by what stands behind the module's name."""
+    """What a config demands at one Linear; `shapes` by what stands behind the module's name, `integers` among them."""
 
     shapes: Shapes
     rank: int | None = None
     complaint: Complaint | None = None
+    integers: frozenset[str] = frozenset()
 
 
 PartOf = Callable[[Config, str, Linear], Part]
@@ -50,11 +53,13 @@ def linear_layout(config: Config, base: Base, modules: Modules, *, part: PartOf,
     complaints = [("target_modules", reason) for reason in target_complaints(config, modules)]
     shapes: dict[str, tuple[int, ...]] = {}
     ranks = []
+    integers: set[str] = set()
     misfits: dict[str, Complaint] = {}  # the first of each key: there may be as many as modules
     adapted = target_modules(config, modules)
     for module in adapted:
         found = part(config, module, modules.linears[module])
         shapes |= {f"{TENSOR_PREFIX}{module}.{name}": shape for name, shape in found.shapes.items()}
+        integers |= {f"{TENSOR_PREFIX}{module}.{name}" for name in found.integers}
         if found.rank is not None:
             ranks.append(found.rank)
         if found.complaint is not None:
@@ -68,6 +73,7 @@ def linear_layout(config: Config, base: Base, modules: Modules, *, part: PartOf,
         max(ranks, default=None),
         leaves(adapted),
         {} if known else biases,
+        frozenset(integers),
     )
 
 
@@ -83,6 +89,13 @@ def pattern_ranks(config: Config) -> Iterable[tuple[str, int]]:
     ranks = [("r", config.get("r"))]
     ranks += [("rank_pattern", rank) for rank in patterns.values()] if isinstance(patterns, dict) else []
     return [(key, rank) for key, rank in ranks if type(rank) is int]
+
+
+@lru_cache(maxsize=4096)
+def divisors(number: int) -> tuple[int, ...]:
+    """All of them, ascending."""
+    low = [one for one in range(1, isqrt(number) + 1) if number % one == 0]
+    return tuple(sorted({*low, *(number // one for one in low)}))
 
 
 def leaves(adapted: Iterable[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""LoRA and its options: rsLoRA, DoRA, activated LoRA, ranks and alphas by pattern, biases.
+"""LoRA and its options: rsLoRA, DoRA, activated LoRA, ranks and alphas by pattern, biases; routers and experts.
 
 Source: peft 0.21.2, tuners/lora/config.py and layer.py.
 """
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from hub import fields
 from hub.base import Base, Linear, Modules
+from hub.families import parameters
 from hub.families.linears import TARGETS, Part, bias_field, linear_layout, pattern_rank, pattern_ranks
 from hub.families.method import INERT, Complaint, Config, Field, Layout, Method
 
@@ -44,6 +45,7 @@ SHARED: Mapping[str, Field] = {
 
 FIELDS: Mapping[str, Field] = {
     **SHARED,
+    **parameters.FIELDS,
     "r": Field(fields.positive, shapes_tensors=True),
     "lora_alpha": Field(fields.number),
     "use_rslora": Field(fields.boolean),
@@ -54,7 +56,7 @@ FIELDS: Mapping[str, Field] = {
     "alora_invocation_tokens": Field(fields.optional_token_ids, shapes_tensors=True),
 }
 # An activated LoRA leaves the tokens before its invocation to the base, and these would change them.
-NOT_ACTIVATED = ("use_dora", "bias", "modules_to_save", "trainable_token_indices")
+NOT_ACTIVATED = ("use_dora", "bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 
 
 def _part(config: Config, module: str, linear: Linear) -> Part:
@@ -71,7 +73,8 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
 
 
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    layout = linear_layout(config, base, modules, part=_part)
+    layout = linear_layout(config, base, modules, part=_part) if config.get("target_modules") else Layout({})
+    layout = parameters.with_parameters(layout, config, base, modules)
     strange = [token for token in config.get("alora_invocation_tokens") or [] if token >= base.vocab_size]
     if not strange:
         return layout
@@ -83,7 +86,7 @@ def _layout(config: Config, base: Base, modules: Modules) -> Layout:
 
 
 def _contradictions(config: Config) -> list[Complaint]:
-    complaints = []
+    complaints = list(parameters.parameter_contradictions(config))
     if config.get("use_dora") is True:
         without = {"lora_bias": True, "init_lora_weights": "mica"}
         complaints += [

@@ -46,7 +46,7 @@ def _layout(config: Config, base: Base, modules: Modules) -> Layout:
     layers, complaints = meant_layers(config, base)
     rank, hidden = config["r"], base.hidden_size
     if rank > hidden:
-        return Layout({}, (*complaints, ("r", f"{rank} is above the {hidden} features of the stream")))
+        complaints.append(("r", f"{rank} is above the {hidden} features of the stream"))
     parts: dict[str, tuple[int, ...]] = {"rotate_layer.weight": (rank, hidden), "learned_source.weight": (rank, hidden)}
     parts |= {"learned_source.bias": (rank,)}
     halves = ("first.", "last.") if all(ends(config["positions"])) and not config.get("tied_weights") else ("",)

@@ -35,7 +35,8 @@ class Field:
 class Layout:
     """The tensors that a config demands on a base, and what keeps them from being told.
 
-    `optional` may be there: whether they are depends on what the base's description does not tell.
+    `optional` may be there: whether they are depends on what the base's description does not tell. `integers` are those
+    that hold places and not weights.
     """
 
     shapes: Shapes
@@ -43,6 +44,7 @@ class Layout:
     rank: int | None = None
     targets: tuple[str, ...] = ()
     optional: Shapes = field(default_factory=dict)
+    integers: frozenset[str] = frozenset()
 
 
 def no_ranks(config: Config) -> Iterable[tuple[str, int]]:

@@ -67,6 +67,7 @@ class Resident:
     kind: str
     rank: int | None
     graft: Graft
+    approximation: float | None = None
     leases: int = 0
     pinned: bool = False
     experts: tuple[Resident, ...] = ()
@@ -75,6 +76,11 @@ class Resident:
     @property
     def bytes(self) -> int:
         return self.graft.bytes + sum(one.nbytes for one in (self.prototypes or {}).values())
+
+    @property
+    def exactness(self) -> str:
+        """For the log."""
+        return "" if self.approximation is None else f", off by {self.approximation:.2g} of its change at most"
 
 
 @dataclass(slots=True)
@@ -499,7 +505,9 @@ class AdapterStore:
         self._resident[resolution.digest] = resident
         seconds = time.perf_counter() - started
         self._metrics.adapter_loaded("hub", seconds)
-        log.info("%s (%s) is resident after %.3f s", resolution.label, resolution.digest[:19], seconds)
+        log.info(
+            "%s (%s) is resident after %.3f s%s", resolution.label, resolution.digest[:19], seconds, resident.exactness
+        )
         return resident
 
     async def _make(self, resolution: Resolution) -> Resident:
@@ -549,7 +557,7 @@ class AdapterStore:
         if self._config.check_golden:
             await self._replay(artifact, graft, experts)
         await self._make_room(graft.bytes, graft.label)  # the last wait: nothing comes between the room and its use
-        return Resident(resolution, artifact.kind, artifact.rank, graft, experts=experts)
+        return Resident(resolution, artifact.kind, artifact.rank, graft, lowered.approximation, experts=experts)
 
     async def _replay(self, artifact: Artifact, graft: Graft, experts: Sequence[Resident]) -> None:
         route = None
@@ -679,6 +687,7 @@ class AdapterStore:
             pinned=one.pinned,
             rank=one.rank,
             references=tuple(self._references(one.resolution)),
+            approximation=one.approximation,
         )
 
     def _references(self, resolution: Resolution) -> Iterable[str]:

@@ -21,6 +21,7 @@ from server.config import ModelConfig
 from server.errors import StartupRefused
 from server.model import attention
 from server.model.attention import ShapeRecorder, UnsupportedAttention
+from server.model.experts import graft_experts
 from server.model.grafted import graft_network
 from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
@@ -81,6 +82,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         dtype=dtype,
         device=device,
         quantized=config.quantize != "none",
+        parameters=graft_experts(stock, active),
         decoder_layers=decoder_layers,
     )
     network = Network(stock, facts, active, places)

@@ -6,7 +6,7 @@ T packed tokens of the step, R rows whose logits are wanted, V virtual tokens, E
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from server.model.grafted import GraftedEmbedding, GraftedLinear
 from server.model.kv import KvCache
 from server.model.places import Places
 from server.model.weights import base_weight
+from server.primitives.experts import ParameterShape
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.route import Routes
@@ -53,6 +54,7 @@ class BaseFacts:
     dtype: torch.dtype
     device: torch.device
     quantized: bool
+    parameters: Mapping[str, ParameterShape] = field(default_factory=dict)  # weights of routers and experts
     decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told
 
 

@@ -13,6 +13,8 @@ An embedding is a Linear whose input is one-hot, so that its products are look-u
     y = norm(x);  y += gain(n);  y += bias, with n the normalised x
 
 A place on the residual stream is a Site, too, and has an edit instead (`server.model.places`).
+The weight of a router is a Site, too; so is the fused weight of a layer's experts, where there are low-rank terms alone
+and the rows are pairs of a token and an expert (`server.primitives.experts`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from server.primitives import bias, delta, edit, gain, lowrank, rotate, scale
+from server.primitives import bias, delta, edit, experts, gain, lowrank, rotate, scale
 from server.primitives.gates import Gates
 from server.primitives.route import Routes
 
@@ -73,11 +75,12 @@ class SiteValue:
     rotate_out: rotate.Rotate | None = None
     gain: gain.Gain | None = None
     edit: edit.Edit | None = None
+    experts: experts.ExpertsLowRank | None = None
 
     @property
     def bytes(self) -> int:
         transforms = (self.scale_in, self.scale_out, self.rotate_in, self.rotate_out)
-        parts = (*transforms, self.lowrank, self.bias, self.delta, self.gain, self.edit)
+        parts = (*transforms, self.lowrank, self.bias, self.delta, self.gain, self.edit, self.experts)
         return sum(part.bytes for part in parts if part is not None)
 
     @property
@@ -102,6 +105,7 @@ class SiteOperand:
     rotate_out: rotate.RotateOperand | None
     gain: gain.GainOperand | None
     edit: edit.EditOperand | None
+    experts: experts.ExpertsOperand | None
 
 
 @dataclass(slots=True)
@@ -128,6 +132,7 @@ def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
     turns_out = [(column, value.rotate_out) for column, value in values if value.rotate_out is not None]
     gains = [(column, value.gain) for column, value in values if value.gain is not None]
     edits = [(column, value.edit) for column, value in values if value.edit is not None]
+    fused = [(column, value.experts) for column, value in values if value.experts is not None]
     return SiteOperand(
         scale.pack(ins) if ins else None,
         scale.pack(outs) if outs else None,
@@ -138,6 +143,7 @@ def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
         rotate.pack(turns_out) if turns_out else None,
         gain.pack(gains) if gains else None,
         edit.pack(edits) if edits else None,
+        experts.pack(fused) if fused else None,
     )
 
 

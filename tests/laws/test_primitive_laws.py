@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.adapters.bank import Bank
-from server.primitives import bias, delta, gain, lowrank, rotate, scale
+from server.primitives import bias, delta, experts, gain, lowrank, rotate, scale
 from server.primitives.bias import Bias
 from server.primitives.delta import Delta
+from server.primitives.experts import ExpertsLowRank, Group
 from server.primitives.gain import Gain
 from server.primitives.gates import Gates, gates_from_rows
 from server.primitives.graft import Graft
@@ -22,13 +23,14 @@ from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
 from server.primitives.site import SiteValue, apply_embedding, apply_norm, apply_site, pack_site
 
-IN, OUT = 6, 10
+IN, OUT, EXPERTS = 6, 10, 3
 TOLERANCE = 1e-5  # fp32, sums of at most a few dozen terms of order one in another order
 SETTINGS = settings(max_examples=60, deadline=None)
 
 seeds = st.integers(0, 2**31)
 ranks = st.lists(st.integers(1, 5), min_size=1, max_size=5)
 tokens = st.integers(1, 7)
+row_counts = st.lists(st.integers(0, 4), min_size=EXPERTS, max_size=EXPERTS).filter(any)  # of each expert
 
 
 def random(seed: int) -> torch.Generator:
@@ -353,3 +355,52 @@ def test_the_gates_of_the_wanted_tokens_are_theirs(seed: int, count: int) -> Non
     assert torch.equal(kept.gates_TK, gates.gates_TK[wanted])
     for column in range(3):
         assert kept.carriers(column).tolist() == [row for row in range(4) if gates.gates_TK[wanted[row], column] != 0]
+
+
+def some_experts(rng: torch.Generator, sizes: list[int]) -> list[tuple[int, ExpertsLowRank]]:
+    return [
+        (k, ExpertsLowRank(torch.randn(EXPERTS, r, IN, generator=rng), torch.randn(EXPERTS, OUT, r, generator=rng)))
+        for k, r in enumerate(sizes)
+    ]
+
+
+def groups_of(counts: list[int]) -> list[Group]:
+    ends = [sum(counts[: expert + 1]) for expert in range(len(counts))]
+    return [
+        Group(expert, end - count, end) for expert, (count, end) in enumerate(zip(counts, ends, strict=True)) if count
+    ]
+
+
+@given(seeds, ranks, row_counts)
+@SETTINGS
+def test_experts_equal_their_plain_loop(seed: int, sizes: list[int], counts: list[int]) -> None:
+    rng, groups = random(seed), groups_of(counts)
+    values, rows = some_experts(rng, sizes), sum(counts)
+    gates, x = some_gates(rng, rows, len(sizes)), torch.randn(rows, IN, generator=rng)
+    y = torch.randn(rows, OUT, generator=rng)
+    owners = [group.expert for group in groups for _ in range(group.end - group.first)]
+    fast = experts.apply(y, x, Gates(gates), experts.pack(values), groups)
+    plain = experts.apply_loop(y, x, gates, values, owners)
+    torch.testing.assert_close(fast, plain, atol=TOLERANCE * 100, rtol=TOLERANCE * 10)
+    whole = {k: [value.B_EOR[e] @ value.A_ERI[e] for e in range(EXPERTS)] for k, value in values}
+    deltas = [
+        sum((gates[row, k] * whole[k][e] for k, _ in values), torch.zeros(OUT, IN)) for row, e in enumerate(owners)
+    ]
+    fused = torch.stack([y[row] + delta @ x[row] for row, delta in enumerate(deltas)])
+    torch.testing.assert_close(fast, fused, atol=TOLERANCE * 100, rtol=TOLERANCE * 10)
+
+
+@given(seeds, ranks, row_counts)
+@SETTINGS
+def test_a_row_of_an_expert_is_its_own_to_the_bit(seed: int, sizes: list[int], counts: list[int]) -> None:
+    """Zero gates leave it as it was, whatever overflows in the rows beside it and whoever else the expert gets."""
+    rng, groups = random(seed), groups_of(counts)
+    values, rows = some_experts(rng, sizes), sum(counts)
+    huge = ExpertsLowRank(torch.full((EXPERTS, 2, IN), 3e38), torch.full((EXPERTS, OUT, 2), 3e38))
+    values.append((len(sizes), huge))
+    gates, x = some_gates(rng, rows, len(values)), torch.randn(rows, IN, generator=rng)
+    y = torch.randn(rows, OUT, generator=rng)
+    gates[:, -1], gates[0] = 1, 0
+    wild = experts.apply(y, x, Gates(gates), experts.pack(values), groups)
+    assert torch.equal(wild[0], y[0])
+    assert rows == 1 or not wild[1:].isfinite().all(), "the neighbours were meant to overflow"

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from server.adapters.bank import Bank
 from server.adapters.lowering.table import lower
-from server.adapters.lowering.target import Target
+from server.adapters.lowering.target import Lowered, Target
 from server.config import ModelConfig
 from server.engine.loop import ProbeLease, course_of
 from server.engine.pack import NO_ROUTES, block_rows, pack_step
@@ -159,6 +159,8 @@ class Bench:
     block_size: int = 4
     max_batch_tokens: int = 24
     blocks: int = 256
+    max_rank: int = 64
+    max_delta_error: float = 0.0  # so a change of full rank is served at full rank, which these bases allow
     steps: int = 0
     mixed_steps: int = 0
     sequences: dict[int, Scheduled] = field(default_factory=dict)
@@ -172,20 +174,25 @@ class Bench:
             facts.hidden_size,
             facts.dtype,
             facts.device,
-            64,
+            self.max_rank,
             64,
             self.network.weight,
             facts.norms,
             facts.embedding,
             facts.places,
+            facts.parameters,
+            self.max_delta_error,
             facts.decoder_layers,
         )
 
-    def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:
-        """What the adapter store does with a folder, without the hub."""
+    def lower(self, folder: Path, kind: str) -> Lowered:
         config = json.loads((folder / "adapter_config.json").read_text())
         tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-        lowered = lower(kind, config, tensors, self.target())
+        return lower(kind, config, tensors, self.target())
+
+    def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:
+        """What the adapter store does with a folder, without the hub."""
+        lowered = self.lower(folder, kind)
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)

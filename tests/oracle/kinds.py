@@ -14,17 +14,25 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    BOFTConfig,
+    C3AConfig,
     DeloraConfig,
+    FourierFTConfig,
+    HiraConfig,
     HRAConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RoadConfig,
+    ShiraConfig,
     TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
@@ -48,6 +56,7 @@ ATTENTION_AND_MLP = {
     "gpt_oss": (["q_proj", "k_proj", "v_proj", "o_proj"], "o_proj"),
 }
 DEFAULT = (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "down_proj")
+BLOCKS_8 = {"boft_block_size": 0, "boft_block_num": 8}
 # The embedding, two kinds of norms, and a Linear that no other row adapts.
 WHOLE = {
     "phi": ("embed_tokens", ["input_layernorm", "final_layernorm"], "k_proj"),
@@ -58,6 +67,7 @@ DEFAULT_WHOLE = ("embed_tokens", ["input_layernorm", "model.norm"], "o_proj")
 CONV1D = ("gpt2",)
 TOKENS = [*range(120, 3, -2)]  # in no order that the vocabulary has
 INVOCATION = (7, 9)
+ROUTERS = {"mixtral": "mlp.gate.weight", "qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,94 @@ def rows(architecture: str) -> dict[str, Row]:
         "ia3": Row("ia3", IA3Config(target_modules=ia3_targets, feedforward_modules=[feedforward], **lora)),
         "ia3-attention": Row("ia3", IA3Config(target_modules=[first], feedforward_modules=[], **lora)),
         "beft": Row("beft", BeftConfig(target_modules=targets, **COMMON), linear_only=True),
+        "oft": Row("oft", OFTConfig(oft_block_size=8, target_modules=targets, **COMMON), linear_only=True),
+        "oft-cayley-by-count": Row(
+            "oft",
+            OFTConfig(
+                r=2, oft_block_size=0, use_cayley_neumann=False, bias="oft_only", target_modules=[first], **COMMON
+            ),
+            linear_only=True,
+        ),
+        "oft-shared-three-terms": Row(
+            "oft",
+            OFTConfig(
+                oft_block_size=6,  # which PEFT makes 4 or 8
+                block_share=True,
+                num_cayley_neumann_terms=3,
+                module_dropout=0.5,
+                target_modules=[first, second],
+                **COMMON,
+            ),
+            linear_only=True,
+        ),
+        "coft": Row(
+            "oft",
+            OFTConfig(
+                oft_block_size=16,
+                coft=True,
+                eps=0.4,
+                num_cayley_neumann_terms=2,
+                target_modules=[first, second],
+                **COMMON,
+            ),
+            linear_only=True,
+        ),
+        "boft": Row(
+            "boft", BOFTConfig(boft_block_size=4, bias="boft_only", target_modules=targets, **COMMON), linear_only=True
+        ),
+        "boft-by-count": Row("boft", BOFTConfig(**BLOCKS_8, target_modules=[second], **COMMON), linear_only=True),
+        "road": Row("road", RoadConfig(group_size=8, target_modules=targets, **COMMON), linear_only=True),
+        "road-2": Row(
+            "road",
+            RoadConfig(variant="road_2", group_size=16, target_modules=[first, second], **COMMON),
+            linear_only=True,
+        ),
+        "road-4": Row(
+            "road",
+            RoadConfig(variant="road_4", group_size=2, target_modules=[first, second], **COMMON),
+            linear_only=True,
+        ),
+        "shira": Row("shira", ShiraConfig(r=2, target_modules=targets, **COMMON), linear_only=True),
+        "lokr": Row("lokr", LoKrConfig(r=3, alpha=6, target_modules=targets, **COMMON), linear_only=True),
+        "lokr-both-decomposed": Row(
+            "lokr",
+            LoKrConfig(
+                r=1,
+                alpha=2,
+                decompose_both=True,
+                decompose_factor=4,
+                rank_pattern={first: 2},
+                alpha_pattern={second: 3},
+                target_modules=[first, second],
+                **COMMON,
+            ),
+            linear_only=True,
+        ),
+        "fourierft": Row(
+            "fourierft", FourierFTConfig(n_frequency=50, scaling=60.0, target_modules=targets, **transposed, **COMMON)
+        ),
+        "fourierft-patterns": Row(
+            "fourierft",
+            FourierFTConfig(
+                n_frequency=20,
+                n_frequency_pattern={first: 90},
+                random_loc_seed=5,
+                scaling=40.0,
+                bias="fourier_only",
+                target_modules=[first, second],
+                **lora,
+            ),
+        ),
+        "c3a": Row("c3a", C3AConfig(block_size=8, target_modules=targets, **COMMON), linear_only=True),
+        "c3a-patterns": Row(
+            "c3a",
+            C3AConfig(
+                block_size=16, block_size_pattern={first: 4}, bias="c3a_only", target_modules=[first, second], **COMMON
+            ),
+            linear_only=True,
+        ),
+        # PEFT does not act on its rank_pattern.
+        "hira": Row("hira", HiraConfig(r=4, rank_pattern={first: 5}, target_modules=targets, **lora)),
         "lora-head": Row("lora", LoraConfig(r=3, lora_alpha=9, target_modules=[first, "lm_head"], **lora)),
         "dora-head": Row("lora", LoraConfig(r=2, bias="lora_only", use_dora=True, target_modules=["lm_head"], **lora)),
         "vera-head": Row("vera", VeraConfig(r=8, target_modules=[first, "lm_head"], **lora)),
@@ -221,7 +319,30 @@ def rows(architecture: str) -> dict[str, Row]:
     }
     edits = {**edit_configs(), **loreft_configs()}
     made |= {name: Row(config["peft_type"].lower(), config) for name, config in edits.items()}
+    if architecture in ROUTERS:
+        made |= mixture_rows(architecture, first)
     return {name: row for name, row in made.items() if not (row.linear_only and architecture in CONV1D)}
+
+
+def mixture_rows(architecture: str, linear: str) -> dict[str, Row]:
+    """LoRA on the weights that are no Linear's, apart and together; PEFT nests what it wraps on one module."""
+
+    def row(**options: Any) -> Row:
+        return Row("lora", LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": [], **COMMON, **options}))
+
+    return {
+        "lora-experts": row(target_parameters=["experts.gate_up_proj", "mlp.experts.down_proj"], lora_alpha=9),
+        "lora-gate-up": row(target_parameters=["experts.gate_up_proj"], r=2, use_rslora=True),
+        "lora-down-one-layer": row(target_parameters=["model.layers.1.mlp.experts.down_proj"], lora_alpha=15),
+        "lora-all-linear": row(target_modules="all-linear", r=2),  # for PEFT, those of before transformers 5
+        "lora-router": row(target_parameters=[ROUTERS[architecture]], r=2, lora_alpha=8),
+        "lora-mixture-patterns": row(
+            target_modules=[linear],
+            target_parameters=["experts.down_proj", "experts.gate_up_proj", ROUTERS[architecture]],
+            rank_pattern={"gate_up_proj": 4, "layers.0.mlp.experts.down_proj": 1, linear: 2},
+            alpha_pattern={r".*\.down_proj": 7, "weight": 5},
+        ),
+    }
 
 
 def make_adapter(base: TinyBase, row: Row, folder: Path, seed: int) -> Any:

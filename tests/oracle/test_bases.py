@@ -15,12 +15,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from hub.base import Linear, describe_base, modules
+from hub.validate import validate
 from server.config import ModelConfig
 from server.errors import StartupRefused
 from server.model.load import load_network
 from tests.oracle.conftest import ARCHITECTURES, MORE_BASES, SMALL, Bench, TinyBase
-from tests.oracle.kinds import ATTENTION_AND_MLP, COMMON, CONV1D, DEFAULT, Row, make_adapter
+from tests.oracle.kinds import ATTENTION_AND_MLP, COMMON, CONV1D, DEFAULT, ROUTERS, Row, make_adapter, mixture_rows
 from tests.oracle.test_kinds_against_peft import NEW_TOKENS, TOLERANCE, _greedy, _logits, prompt
+from trainer.base import read_anatomy
 
 BASES = (*ARCHITECTURES, *MORE_BASES)
 
@@ -37,6 +39,7 @@ def test_a_base_and_adapters_of_each_sort_in_one_batch_equal_peft_alone(
     references = [plain, plain]
     for seed, (name, row) in enumerate(_rows(architecture).items()):
         references.append(make_adapter(base, row, tmp_path / name, seed))
+        assert validate(tmp_path / name, base=base.folder).kind == row.kind
         requests.append((prompt(seed, 9 + 4 * seed), [(rig.graft(tmp_path / name, row.kind), 1.0)]))
     got = rig.run(requests, new=NEW_TOKENS)
     assert rig.mixed_steps > NEW_TOKENS - 2, "the requests did not share steps"
@@ -64,7 +67,17 @@ def test_what_the_hub_says_of_a_base_is_what_is_loaded(
     weighted = {name for name, held in own.items() if held and held.keys() != {"sinks"}}
     assert told.linears.keys() | told.others == weighted
     assert set(told.biased or ()) == {name for name, held in own.items() if any(part.endswith("bias") for part in held)}
+    anatomy = read_anatomy(loaded, base.folder, None)
+    assert {*anatomy.linears, anatomy.head} == linears.keys()
     described = describe_base(base.folder)
+    assert (anatomy.heads, anatomy.kv_heads, anatomy.head_dim) == (
+        described.heads,
+        described.kv_heads,
+        described.head_dim,
+    )
+    hub_says = [(name, (one.experts, one.inputs, one.outputs)) for name, one in told.parameters.items()]
+    grafted = [(name, (one.experts, one.in_features, one.out_features)) for name, one in facts.parameters.items()]
+    assert sorted(hub_says, key=_module) == sorted(grafted, key=_module), "the order within a module counts"
     assert {(layer.kv_heads, layer.head_dim) for layer in facts.layers} == {(described.kv_heads, described.head_dim)}
     assert (described.layers, described.hidden_size) == (len(facts.layers), facts.hidden_size)
 
@@ -75,7 +88,7 @@ def test_sizes_that_a_config_leaves_out_are_those_that_transformers_takes(archit
     options = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
     options |= {"num_attention_heads": 32, "hidden_size": 256, "num_hidden_layers": 1}
     options |= (
-        dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), 1) if _mixes(architecture) else {}
+        dict.fromkeys(("num_local_experts", "num_experts", "num_experts_per_tok"), 1) if architecture in ROUTERS else {}
     )
     if architecture in ("gpt2",):
         options = {"vocab_size": 128, "n_layer": 1, "n_head": 32, "n_embd": 256}
@@ -145,6 +158,7 @@ def _rows(architecture: str) -> dict[str, Row]:
         "lora": Row("lora", LoraConfig(r=4, lora_alpha=16, target_modules=targets, **options)),
         "ia3": Row("ia3", ia3),
         "prefix": Row("prefix", PrefixTuningConfig(num_virtual_tokens=5, **COMMON)),
+        **(mixture_rows(architecture, targets[0]) if architecture in ROUTERS else {}),
     }
 
 
@@ -155,5 +169,5 @@ def _sizes(linear: nn.Module) -> Linear:
     return Linear(linear.in_features, linear.out_features)
 
 
-def _mixes(architecture: str) -> bool:
-    return architecture in ("mixtral", "qwen3_moe", "gpt_oss")
+def _module(named: tuple[str, object]) -> str:
+    return named[0].rpartition(".")[0]

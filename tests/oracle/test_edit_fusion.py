@@ -12,7 +12,7 @@ import torch
 from server.primitives.graft import check_mixture
 from tests.oracle.conftest import Adapter, Bench, TinyBase
 from tests.oracle.edited import Edited
-from tests.oracle.test_fusion import affine_maps, set_sum
+from tests.oracle.test_fusion import ROOT, affine_maps, leaves, set_sum
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 PROMPT = [5, 9, 77, 3, 101, 42, 64, 8, 23]
@@ -33,7 +33,10 @@ def test_every_pair_with_an_edit_is_exactly_the_weighted_sum_at_each_place(
     edits = [name for name, one in made.items() if one.row.edits]
     linears = [name for name in made if name not in edits]
     grafts = {name: rig.graft(one.folder, one.row.kind) for name, one in made.items()}
-    plain = affine_maps(base.fresh())
+    fresh = base.fresh()
+    names_of_modules = leaves(fresh)
+    plain = affine_maps(fresh, names_of_modules)
+    adapted = [ROOT + name for name in names_of_modules]
     crossed = list(zip(edits, random.sample(linears, len(edits)), strict=True))
     fused = [*combinations_with_replacement(edits, 2), *crossed, (*edits, "lora", "dora")]
     mixtures = []
@@ -45,7 +48,7 @@ def test_every_pair_with_an_edit_is_exactly_the_weighted_sum_at_each_place(
         [(PROMPT, []), *((PROMPT, [(grafts[name], weight) for name, weight in shares.items()]) for shares in mixtures)]
     )
     used = {name for shares in mixtures for name in shares}
-    maps = {name: affine_maps(made[name].peft) for name in linears if name in used}
+    maps = {name: affine_maps(made[name].peft, adapted) for name in linears if name in used}
     stock = base.fresh()
     edited = Edited(stock, architecture, [])
     for shares, logits in zip(mixtures, got[1:], strict=True):

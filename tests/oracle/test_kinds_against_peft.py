@@ -63,7 +63,7 @@ def test_every_kind_in_one_packed_batch_equals_peft_alone(
         assert rig.sequences[index].tokens[len(ids) :] == texts[index], f"greedy text of {name} on {architecture}"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "mixtral"])
 def test_a_base_request_is_bit_identical_to_one_in_a_batch_without_adapters(
     architecture: str, bench: Callable[[str], Bench], adapters: Callable[[str], dict[str, Adapter]]
 ) -> None:

@@ -14,7 +14,6 @@ from transformers import DynamicCache
 from server.primitives.graft import Graft
 from tests.oracle.conftest import Adapter, Bench, TinyBase
 from tests.oracle.kinds import INVOCATION
-from tests.oracle.test_fusion import affine_maps
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 PROMPT = [5, 9, 77, 3, 101, 42, 64, 8]
@@ -57,9 +56,8 @@ def test_an_activated_adapter_is_added_to_the_others_from_its_last_invocation_on
     rig, stock, made = bench(architecture), tiny_base(architecture).fresh(), adapters(architecture)
     mixture = [(rig.graft(made[name].folder, "lora"), weight) for name, weight in (("alora", 0.7), ("lora", -0.6))]
     [got] = rig.run([(CALLED, mixture)])
-    plain = affine_maps(stock)
     deltas = {name: _delta(rig, graft) for name, (graft, _) in zip(("alora", "lora"), mixture, strict=True)}
-    for name in plain:
+    for name in mixture[0][0].sites.keys() | mixture[1][0].sites.keys():
         module = stock.get_submodule(name)
         module.register_forward_hook(_adding(deltas["alora"].get(name), 0.7, first=CALLED_FROM))
         module.register_forward_hook(_adding(deltas["lora"].get(name), -0.6, first=0))

@@ -18,11 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
+from server.adapters.lowering.approximate import check_errors
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
 from server.primitives.bias import Bias
 from server.primitives.delta import Delta
 from server.primitives.lowrank import LowRank
+from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
 from server.primitives.site import SiteShape, SiteValue
 
@@ -35,7 +37,8 @@ BARE_BIAS = "bias"
 class Change:
     """What an adapter does at one Linear, in fp32: y = (1 + excess_out) * W ((1 + excess_in) * x) + B A x + D x + bias.
 
-    The base's own bias is added to that, unscaled. The method's scaling is already inside B and D.
+    The base's own bias is added to that, unscaled. The method's scaling is already inside B and D. A rotation stands
+    beside a scale. `error` is that of a low-rank term that stands for a change of full rank.
     """
 
     A_RI: Tensor | None = None
@@ -44,6 +47,9 @@ class Change:
     excess_out_O: Tensor | None = None
     bias_O: Tensor | None = None
     delta: Delta | None = None
+    rotate_in: Rotate | None = None
+    rotate_out: Rotate | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,15 @@ class Found:
         expect(self.module, part, tensor, shape)
         return tensor.float()
 
+    def take_places(self, part: str, *shape: int) -> Tensor:
+        """Whole numbers, in 64 bits. Raises: AdapterIncompatible."""
+        tensor = self.tensors.get(part)
+        self.take(part, *shape)
+        assert tensor is not None
+        if tensor.is_floating_point():
+            raise AdapterIncompatible(f"{part} of {self.module} is {tensor.dtype}, places are whole numbers")
+        return tensor.long()
+
     def weight(self) -> Tensor:
         """The base's own weight (O, I) in fp32."""
         return self.target.weight(self.module)
@@ -93,13 +108,16 @@ def lower_linears(
     trained = config.get("bias", "none")
     _demand_biases(trained, modules, target)
     sites = {}
+    errors: dict[str, float] = {}
     for module, found in modules.items():
         own = _own_bias(found, trained)
         made = change(found) if found.tensors or own is None else Change()
         if found.tensors:
             raise AdapterIncompatible(f"{module} has {' and '.join(sorted(found.tensors))}, which its config rules out")
         sites[module] = _site_value(made, own, target)
-    return Lowered(sites)
+        if made.error is not None:
+            errors[module] = made.error
+    return Lowered(sites, approximation=check_errors(errors, target))
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
@@ -108,6 +126,21 @@ def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any)
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+def dotted_pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule for C3A and FourierFT, without brackets: after a match of none, the module's whole name is a key."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf".*\.{key}$", module):
+            return value
+    return (patterns or {}).get(module, default)
+
+
+def check_places(module: str, places_N: Tensor, below: int) -> None:
+    """Raises: AdapterIncompatible when one is outside."""
+    if places_N.numel() and not 0 <= int(places_N.min()) <= int(places_N.max()) < below:
+        outside = int(places_N.min()) if int(places_N.min()) < 0 else int(places_N.max())
+        raise AdapterIncompatible(f"{module} has an entry at {outside}, outside 0 to {below - 1}")
 
 
 def expect(module: str, part: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -176,4 +209,10 @@ def _site_value(made: Change, own_bias_O: Tensor | None, target: Target) -> Site
         lowrank=lowrank,
         bias=None if made.bias_O is None else Bias(target.place(made.bias_O)),
         delta=None if made.delta is None else target.place_delta(made.delta),
+        rotate_in=None if made.rotate_in is None else _placed(made.rotate_in, target),
+        rotate_out=None if made.rotate_out is None else _placed(made.rotate_out, target),
     )
+
+
+def _placed(rotation: Rotate, target: Target) -> Rotate:
+    return Rotate(target.place(rotation.excess_BSS), rotation.stride)

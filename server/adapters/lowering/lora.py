@@ -1,4 +1,4 @@
-"""LoRA with its options: rsLoRA, DoRA, activated LoRA, ranks and alphas by pattern, biases.
+"""LoRA with its options: rsLoRA, DoRA, activated LoRA, ranks and alphas by pattern, biases; routers and experts.
 
 DoRA is m / ||W + s B A|| * (W + s B A), the norm over each row. The row's factor scales the base product and B; the
 base's bias stays as it is. The norm is that of the weight that this server really multiplies with.
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from server.adapters.lowering import embedding
 from server.adapters.lowering.linears import Change, Found, lower_linears, pattern_value
+from server.adapters.lowering.parameters import lower_parameters
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
 from server.policy.reach import EVERYWHERE, FromLast
@@ -39,7 +40,9 @@ def lower_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target:
             return Change(A_rI, B_Or, bias_O=bias_O)
         return _dora(A_rI, B_Or, magnitude_O=found.take("lora_magnitude_vector", found.outputs), weight=found.weight())
 
+    fused, rest = lower_parameters(config, rest, target)
     lowered = lower_linears(config, rest, target, change=change)
+    lowered = replace(lowered, sites={**lowered.sites, **fused})
     invocation = config.get("alora_invocation_tokens")
     if invocation:
         lowered = replace(lowered, reach=FromLast(tuple(invocation)))

@@ -11,17 +11,26 @@ from torch import Tensor
 from server.adapters.lowering.adalora import lower_adalora
 from server.adapters.lowering.beft import lower_beft
 from server.adapters.lowering.bitfit import lower_bitfit
+from server.adapters.lowering.boft import lower_boft
 from server.adapters.lowering.bottleneck import lower_bottleneck
+from server.adapters.lowering.c3a import lower_c3a
 from server.adapters.lowering.delora import lower_delora
+from server.adapters.lowering.fourierft import lower_fourierft
+from server.adapters.lowering.hira import lower_hira
 from server.adapters.lowering.hra import lower_hra
 from server.adapters.lowering.ia3 import lower_ia3
 from server.adapters.lowering.ln_tuning import lower_ln_tuning
 from server.adapters.lowering.loha import lower_loha
+from server.adapters.lowering.lokr import lower_lokr
 from server.adapters.lowering.lora import lower_lora
 from server.adapters.lowering.lora_moe import lower_lora_moe
 from server.adapters.lowering.loreft import lower_loreft
 from server.adapters.lowering.miss import lower_miss
+from server.adapters.lowering.oft import lower_oft
 from server.adapters.lowering.prompts import lower_prefix, lower_soft_prompt
+from server.adapters.lowering.road import lower_road
+from server.adapters.lowering.shira import lower_shira
+from server.adapters.lowering.sparse import lower_sparse
 from server.adapters.lowering.target import Lowered, Lowering, Target
 from server.adapters.lowering.trainable_tokens import lower_trainable_tokens
 from server.adapters.lowering.vera import lower_vera
@@ -39,6 +48,15 @@ LOWERINGS: Mapping[str, Lowering] = {
     "delora": lower_delora,
     "ia3": lower_ia3,
     "beft": lower_beft,
+    "oft": lower_oft,
+    "boft": lower_boft,
+    "road": lower_road,
+    "shira": lower_shira,
+    "sparse": lower_sparse,
+    "lokr": lower_lokr,
+    "fourierft": lower_fourierft,
+    "c3a": lower_c3a,
+    "hira": lower_hira,
     "bitfit": lower_bitfit,
     "ln-tuning": lower_ln_tuning,
     "trainable-tokens": lower_trainable_tokens,

@@ -15,6 +15,7 @@ from torch import Tensor
 from server.errors import AdapterIncompatible
 from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.delta import Delta
+from server.primitives.experts import ParameterShape
 from server.primitives.graft import Graft
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.route import Router
@@ -25,9 +26,11 @@ from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteVal
 class Target:
     """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
 
+    `max_delta_error` is how far, of its norm, a change of full rank may be from the low-rank one that is served.
     `sites` are its Linears, the output head among them. Norms and an embedding that the base does not compute as its
     adapters need are missing here.
     `places` are those on the residual stream that this base was seen to have.
+    `parameters` are the weights of routers and experts by their full names, those of one module in its own order.
     """
 
     sites: Mapping[str, SiteShape]
@@ -41,6 +44,8 @@ class Target:
     norms: Mapping[str, NormShape] = field(default_factory=dict)
     embedding: EmbeddingShape | None = None
     places: frozenset[str] = frozenset()
+    parameters: Mapping[str, ParameterShape] = field(default_factory=dict)
+    max_delta_error: float = 0.0
     decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told apart
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -64,6 +69,7 @@ class Target:
 class Lowered:
     """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix.
 
+    `approximation` is the largest error, at any Linear, of a kind that is not served exactly.
     `sites` holds edits by their place. `beside` are parts of the same adapter that work at other tokens. A `router`
     does nothing itself; `experts` are the adapters that it routes among, as references with whole digests.
     """
@@ -73,6 +79,7 @@ class Lowered:
     soft_prompt_VE: Tensor | None = None
     reach: Reach = EVERYWHERE
     beside: tuple[Lowered, ...] = ()
+    approximation: float | None = None
     router: Router | None = None
     experts: tuple[str, ...] = ()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,14 @@ def case(
     return Case(peft_type, config, shapes, dict(shared), rank)
 
 
+def _road(width: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {"road_theta": (outputs * width // 2,), "road_alpha": (outputs * width // 2,)}
+
+
 LORA = {"r": RANK, "lora_alpha": 6}
 MASKS = {f"{module}.lora_E": [True, False, True] for module in linear_names(*TARGETS)}
+OFT = {"r": 0, "oft_block_size": 8, "use_cayley_neumann": True, "peft_version": "0.21.2"}
+PLACES = "shira_indices"  # whole numbers
 CASES: Mapping[str, Case] = {
     "lora-dora": case(
         "LORA",
@@ -92,6 +99,69 @@ CASES: Mapping[str, Case] = {
         lambda i, o: {"delora_A": (RANK, i), "delora_B": (o, RANK), "delora_lambda": (1,), "delora_w_norm": (i,)},
     ),
     "beft": case("BEFT", {}, lambda i, o: {"beft_bias": (1, o)}, rank=None),
+    "oft": case("OFT", OFT, lambda i, o: {"oft_R.weight": (i // 8, 28)}, rank=None),
+    "oft-by-count": case(
+        "OFT",
+        {**OFT, "r": 5, "oft_block_size": 0},  # 4 blocks of 32 inputs and of 48: 5 divides neither
+        lambda i, o: {"oft_R.weight": (4, i // 4 * (i // 4 - 1) // 2)},
+        rank=None,
+    ),
+    "oft-shared": case(
+        "OFT",
+        {**OFT, "block_share": True, "oft_block_size": 64},
+        lambda i, o: {"oft_R.weight": (1, i * (i - 1) // 2)},
+        rank=None,
+    ),
+    "boft": case(
+        "BOFT",
+        {"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 2},
+        lambda i, o: {"boft_R": (2, i // 4, 4, 4), "boft_s": (o, 1)},
+        rank=None,
+    ),
+    "boft-by-count": case(
+        "BOFT",
+        {"boft_block_size": 0, "boft_block_num": 4},
+        lambda i, o: {"boft_R": (1, 4, i // 4, i // 4), "boft_s": (o, 1)},
+        rank=None,
+    ),
+    **{
+        f"road-{width}": case(
+            "ROAD",
+            {"variant": f"road_{width}", "group_size": 8},
+            partial(_road, width),
+            rank=None,
+        )
+        for width in (1, 2, 4)
+    },
+    "shira": case(
+        "SHIRA",
+        {"r": RANK},
+        lambda i, o: {"shira_weight": (RANK * (i + o),), "shira_indices": (2, RANK * (i + o))},
+        rank=None,
+    ),
+    "lokr": case(  # 32 is 4 * 8 and 48 is 6 * 8; the second factor is decomposed, for 3 is below the half of 8
+        "LOKR",
+        {"r": RANK, "alpha": 6},
+        lambda i, o: {
+            "lokr_w1": (4 if o == 32 else 6, 4 if i == 32 else 6),
+            "lokr_w2_a": (8, RANK),
+            "lokr_w2_b": (RANK, 8),
+        },
+        rank=None,
+    ),
+    "fourierft": case(
+        "FOURIERFT",
+        {"n_frequency": 7, "scaling": 10.0, "random_loc_seed": 1, "n_frequency_pattern": {"down_proj": 9}},
+        lambda i, o: {"fourierft_spectrum": (9 if i == 48 else 7,)},
+        rank=None,
+    ),
+    "c3a": case(
+        "C3A",
+        {"block_size": 16, "block_size_pattern": {"down_proj": 8}},
+        lambda i, o: {"c3a_kernel": (o // 8, i // 8, 8) if i == 48 else (o // 16, i // 16, 16)},
+        rank=None,
+    ),
+    "hira": case("HIRA", {"r": 300}, lambda i, o: {"hira_A": (300, i), "hira_B": (o, 300)}, rank=None),
 }
 
 
@@ -107,7 +177,7 @@ def tensors_of(one: Case) -> dict[str, Array]:
     found = {name: np.ones(shape, np.float32) for name, shape in one.shared.items()}
     for module in linear_names(*TARGETS):
         for part, shape in one.shapes(*sizes(module)).items():
-            found[f"{ROOT}{module}.{part}"] = np.ones(shape, np.float32)
+            found[f"{ROOT}{module}.{part}"] = np.ones(shape, np.int32 if part == PLACES else np.float32)
     return found
 
 

@@ -56,7 +56,7 @@ def test_each_tensor_of_a_wrong_shape_is_named_with_both(name: str, tmp_path: Pa
     whole = tensors_of(CASES[name])
     for tensor in [*CASES[name].shared, *(other for other in whole if Q0 in other)]:
         shape = whole[tensor].shape
-        wrong = np.ones((*shape[:-1], shape[-1] + 1), np.float32)
+        wrong = np.ones((*shape[:-1], shape[-1] + 1), whole[tensor].dtype)
         folder = write_adapter(tmp_path / "a", config_of(CASES[name], base), {**whole, tensor: wrong})
         [problem] = problems(folder)
         assert f"{tensor}: has shape" in problem
@@ -137,6 +137,57 @@ def test_the_output_head_takes_no_adapter(name: str, tmp_path: Path, base: Path)
         ("delora", {"rank_pattern": {"q_proj": 300}}, "rank_pattern: rank 300 is above max_rank 256"),
         ("beft", {"target_modules": ...}, "target_modules: is missing"),
         ("beft", {"feedforward_modules": []}, "feedforward_modules: is no field of BEFT"),
+        ("oft", {"r": 2}, "oft_block_size: 8 beside r 2: exactly one of the two must be 0"),
+        ("oft", {"oft_block_size": 0}, "oft_block_size: 0 beside r 0: exactly one of the two must be 0"),
+        ("oft", {"oft_block_size": -8}, "oft_block_size: must be a whole number, not -8"),
+        ("oft", {"oft_block_size": ...}, "oft_block_size: is missing"),
+        ("oft", {"use_cayley_neumann": ...}, "use_cayley_neumann: is missing"),
+        ("oft", {"peft_version": "0.17.1"}, "use_cayley_neumann: true is another series before PEFT 0.18"),
+        ("oft", {"peft_version": "0.18.0.dev0@1f2e"}, "peft_version is 0.18.0.dev0@1f2e: train it anew"),
+        ("oft", {"peft_version": None}, "peft_version is missing: train it anew"),
+        ("oft", {"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms: must be a whole number above 0"),
+        ("oft", {"coft": "yes"}, "coft: must be true or false"),
+        ("oft", {"bias": "lora_only"}, "served are none, all, oft_only"),
+        ("boft", {"boft_block_num": 4}, "boft_block_size: 4 beside boft_block_num 4: exactly one of the two must be 0"),
+        ("boft", {"boft_block_size": 5}, "boft_block_size: 5 does not divide the 48 inputs of"),
+        (
+            "boft",
+            {"boft_block_size": 32},
+            "boft_n_butterfly_factor: 2 needs blocks of an even size, and 32 inputs to be",
+        ),
+        ("boft", {"boft_n_butterfly_factor": 0}, "boft_n_butterfly_factor: 0 is not served"),
+        (
+            "boft",
+            {"boft_n_butterfly_factor": 1},
+            "boft_R: has shape (2, 8, 4, 4), but the config and the base demand (1",
+        ),
+        ("boft-by-count", {"boft_block_num": 5}, "boft_block_num: 5 does not divide the 48 inputs of"),
+        ("road-1", {"group_size": 12}, "group_size: 12 does not divide the 32 outputs of model"),
+        ("road-1", {"group_size": 7}, "group_size: must be even, not 7"),
+        ("road-1", {"group_size": True}, "group_size: must be a whole number above 0, not true"),
+        ("road-1", {"variant": "road_3"}, "variant: road_3 is not served; served are road_1, road_2, road_4"),
+        ("road-1", {"variant": ...}, "variant: is missing"),
+        ("road-1", {"bias": "none"}, "bias: is no field of ROAD"),
+        ("shira", {"r": 17}, f"r: 17 makes 1088 entries, above the 1024 weights of {Q0}"),
+        ("shira", {"random_seed": "x"}, "random_seed: must be a whole number of 64 bits"),
+        ("lokr", {"decompose_factor": 0}, "decompose_factor: must be a whole number above 0, not 0"),
+        ("lokr", {"decompose_factor": 8}, "lokr_w1: has shape (4, 4), but the config and the base demand (8, 8)"),
+        ("lokr", {"init_weights": "new"}, "init_weights: new is not served; served are true, false, lycoris"),
+        ("lokr", {"bias": "none"}, "bias: is no field of LOKR"),
+        ("fourierft", {"n_frequency": 1025}, f"n_frequency: 1025 is above the 1024 weights of {Q0}"),
+        ("fourierft", {"random_loc_seed": None}, "random_loc_seed: must be a whole number of 64 bits, not null"),
+        ("fourierft", {"scaling": ...}, "scaling: is missing"),
+        ("fourierft", {"n_frequency_pattern": {"(a+)+": 3}}, "could take for ever"),
+        ("c3a", {"block_size": 12}, f"block_size: 12 does not divide the 32 inputs and 32 outputs of {Q0}"),
+        ("c3a", {"exclude_modules": ["x"]}, "exclude_modules: is no field of C3A"),
+        (
+            "c3a",
+            {"block_size_pattern": {"q_proj": 0}},
+            "block_size_pattern: q_proj must be a whole number above 0, not 0",
+        ),
+        ("hira", {"r": 0}, "r: must be a whole number above 0, not 0"),
+        ("hira", {"init_weights": "pissa"}, "init_weights: pissa is not served"),
+        ("hira", {"bias": "none"}, "bias: is no field of HIRA"),
     ],
 )
 def test_an_option_that_is_not_served_is_refused_by_name(
@@ -160,7 +211,7 @@ def test_a_kind_that_peft_cannot_put_on_conv1d_is_refused_there(name: str, tmp_p
     save_file({"transformer.h.0.attn.c_attn.weight": np.zeros((8, 24), np.float32)}, folder / "model.safetensors")
     one = replace(CASES[name], config={**CASES[name].config, "target_modules": ["c_attn"]})
     found = "\n".join(problems(write(tmp_path / "a", one, folder)))
-    refused = one.peft_type not in ("LORA", "ADALORA", "VERA")
+    refused = one.peft_type not in ("LORA", "ADALORA", "VERA", "FOURIERFT", "HIRA")
     assert ("c_attn is a Conv1D layer, on which PEFT has no such adapter" in found) == refused
 
 
@@ -189,7 +240,7 @@ def with_biases(one: Case, trained: str) -> dict[str, Array]:
 
 OWN = {
     "lora-dora": "lora_only", "adalora": "lora_only", "vera": "vera_only", "hra": "hra_only", "miss": "MiSS_only",
-    "delora": "delora_only",
+    "delora": "delora_only", "oft": "oft_only", "boft": "boft_only", "fourierft": "fourier_only", "c3a": "c3a_only",
 }  # fmt: skip
 
 

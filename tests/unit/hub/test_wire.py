@@ -114,6 +114,8 @@ def test_a_described_base_is_read_as_it_was_sent() -> None:
         (ModulesBody, {"linears": {"x" * (MAX_MODULE_NAME + 1): [8, 8]}}),
         (ModulesBody, {"linears": {"a": [8]}}),
         (ModulesBody, {"linears": {"a": [8, 8, 8]}}),
+        (ModulesBody, {"parameters": {"a": [8, 8]}}),
+        (ModulesBody, {"parameters": {"a": [8, 8, 0]}}),
         (ModulesBody, {"linears": {"a": [8, 0]}}),
         (ModulesBody, {"linears": {"a": [8, MAX_SIZE + 1]}}),
         (ModulesBody, {"linears": {"a": [8, True]}}),

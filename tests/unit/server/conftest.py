@@ -16,14 +16,22 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    BOFTConfig,
+    C3AConfig,
     DeloraConfig,
+    FourierFTConfig,
+    HiraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
+    OFTConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    RoadConfig,
+    ShiraConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -79,6 +87,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "beft": lambda: BeftConfig(target_modules=["v_proj"], task_type="CAUSAL_LM"),
     "ia3": lambda: IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
     "ia3-in": lambda: IA3Config(target_modules=["v_proj"], feedforward_modules=["v_proj"], task_type="CAUSAL_LM"),
+    "oft": lambda: OFTConfig(oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "road": lambda: RoadConfig(group_size=8, target_modules=["v_proj"], task_type="CAUSAL_LM"),
+    "shira": lambda: ShiraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"),
+    "lokr": lambda: LoKrConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "fourierft": lambda: FourierFTConfig(
+        n_frequency=30, scaling=99.0, target_modules=["q_proj"], task_type="CAUSAL_LM"
+    ),
+    "c3a": lambda: C3AConfig(block_size=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "hira": lambda: HiraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
     "prompt": lambda: PromptTuningConfig(num_virtual_tokens=7, task_type="CAUSAL_LM"),
 }
@@ -199,6 +217,8 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             facts.norms,
             facts.embedding,
             facts.places,
+            facts.parameters,
+            config.max_delta_error,
             facts.decoder_layers,
         )
         metrics = Metrics()

@@ -60,6 +60,18 @@ def test_a_target_may_be_the_last_parts_of_a_name(tiny_base: Path) -> None:
         assert METHODS["lora"].problems(LoraOptions(targets=(target,)), base.anatomy, plan) == []
 
 
+def test_lora_on_a_mixture_of_experts_adapts_what_it_says(make_base: MakeBase) -> None:
+    """PEFT would take the Linears of a dense layer for the fused weights of the experts in the others."""
+    sizes = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    folder = make_base(**sizes, mlp_only_layers=[0])
+    base = open_base(str(folder))
+    assert "down_proj" in base.anatomy.linear_names
+    config = METHODS["lora"].config(LoraOptions(), base.anatomy)
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    says = refusal(recipe("lora", folder, options={"targets": ["q_proj", "mlp.down_proj"]}))
+    assert "target mlp.down_proj: on qwen3_moe, PEFT takes it for experts or a router" in says
+
+
 @pytest.mark.parametrize("dora", [True, False])
 def test_dora_is_an_option_of_lora(dora: bool, tiny_base: Path) -> None:
     from peft import get_peft_model

@@ -117,8 +117,8 @@ def test_a_width_above_the_limit_is_refused_before_anything_is_made(case: str) -
     width = 2 if case.startswith("loreft") else SIZE
     assert lowered(case, tensors(case), target(max_rank=width)).sites
     assert f"is above max_rank {width - 1}" in refusal(case, tensors(case), target(max_rank=width - 1))
-    key = "r" if case.startswith("loreft") else "bottleneck_size"
-    assert "is above max_rank" in refusal(case, tensors(case), None, **{key: 10**9})
+    vast: dict[str, Any] = {"r" if case.startswith("loreft") else "bottleneck_size": 10**9}
+    assert "is above max_rank" in refusal(case, tensors(case), **vast)
 
 
 @pytest.mark.parametrize("case", CASES)

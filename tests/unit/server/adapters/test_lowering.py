@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from peft import BOFTConfig
+from peft.tuners.boft.layer import Linear as BoftLinear
+from peft.tuners.lokr.layer import factorization
+from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 from torch import Tensor
 
+from hub.families.lokr import factors as hub_factors
+from hub.families.oft import fitting as hub_fitting
+from server.adapters.lowering import oft
+from server.adapters.lowering.lokr import factors
 from server.adapters.lowering.table import LOWERINGS, lower
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
+from server.primitives import rotate
+from server.primitives.experts import ParameterShape
 from server.primitives.prefix import LayerShape
 from server.primitives.site import SiteShape
 
@@ -21,6 +32,12 @@ ROOT = "base_model.model."
 WEIGHT = torch.arange(OUT * IN, dtype=torch.float32).view(OUT, IN) / 10
 BIAS = torch.arange(OUT, dtype=torch.float32)
 LORA = {"r": RANK, "lora_alpha": 6}
+EXPERTS, INNER = 4, 5
+PARAMETERS = {
+    "layers.0.experts.up": ParameterShape(EXPERTS, IN, INNER),
+    "layers.0.experts.down": ParameterShape(EXPERTS, INNER, IN),
+    "layers.0.gate.weight": ParameterShape(1, IN, EXPERTS),
+}
 
 # kind, option -> config, and the shapes of the tensors at one Linear.
 CASES: Mapping[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
@@ -61,21 +78,52 @@ CASES: Mapping[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "ia3": ("ia3", {"feedforward_modules": []}, {"ia3_l": (OUT, 1)}),
     "ia3-in": ("ia3", {"feedforward_modules": ["q", "v"]}, {"ia3_l": (1, IN)}),
     "beft": ("beft", {}, {"beft_bias": (1, OUT)}),
+    "oft": ("oft", {"r": 0, "oft_block_size": 3, "use_cayley_neumann": False}, {"oft_R.weight": (2, 3)}),
+    "boft": (
+        "boft",
+        {"boft_block_size": 3, "boft_block_num": 0},
+        {"boft_R": (1, 2, 3, 3), "boft_s": (OUT, 1)},
+    ),
+    "road": (
+        "road",
+        {"variant": "road_1", "group_size": 4},
+        {"road_theta": (OUT // 2,), "road_alpha": (OUT // 2,)},
+    ),
+    "shira": ("shira", {"r": 1}, {"shira_weight": (IN + OUT,), "shira_indices": (2, IN + OUT)}),
+    "lokr": (
+        "lokr",
+        {"r": 1, "alpha": 2},
+        {"lokr_w1": (2, 2), "lokr_w2_a": (4, 1), "lokr_w2_b": (1, 3)},
+    ),
+    "fourierft": (
+        "fourierft",
+        {"n_frequency": 7, "scaling": 9.0, "random_loc_seed": 1},
+        {"fourierft_spectrum": (7,)},
+    ),
+    "c3a": ("c3a", {"block_size": 2}, {"c3a_kernel": (OUT // 2, IN // 2, 2)}),
+    "hira": ("hira", {"r": RANK}, {"hira_A": (RANK, IN), "hira_B": (OUT, RANK)}),
 }
-RANKED = [case for case in CASES if case not in ("ia3", "ia3-in", "beft")]
-TRAINS_BIASES = [case for case in CASES if case not in ("loha", "ia3", "ia3-in", "beft")]
+PLACES = ("shira_indices",)
+RANKED = ["lora", "lora-bias", "dora", "adalora", "vera", "loha", "hra", "miss", "miss-mini", "delora"]
+TRAINS_BIASES = [*(case for case in RANKED if case != "loha"), "oft", "boft", "fourierft", "c3a"]
 
 
 def target(max_rank: int = 64) -> Target:
     sites = {Q: SiteShape(IN, OUT, BIAS), V: SiteShape(IN, OUT, None)}
     layers = (LayerShape(2, 4),)
-    return Target(sites, layers, IN, torch.float32, torch.device("cpu"), max_rank, 64, lambda name: WEIGHT)
+    device = torch.device("cpu")
+    return Target(sites, layers, IN, torch.float32, device, max_rank, 64, lambda name: WEIGHT, parameters=PARAMETERS)
 
 
 def tensors(case: str, *modules: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     _, _, shapes = CASES[case]
-    return {f"{ROOT}{module}.{part}": torch.randn(shape) for module in modules for part, shape in shapes.items()}
+    return {f"{ROOT}{module}.{part}": tensor(part, shape) for module in modules for part, shape in shapes.items()}
+
+
+def tensor(part: str, shape: tuple[int, ...]) -> Tensor:
+    places = torch.arange(shape[-1], dtype=torch.int32)
+    return (places % IN).expand(shape) if part in PLACES else torch.randn(shape)
 
 
 def lowered(case: str, given: Mapping[str, Tensor], *, max_rank: int = 64, **changes: Any) -> Lowered:
@@ -90,7 +138,7 @@ def refusal(case: str, given: Mapping[str, Tensor], **changes: Any) -> str:
 
 
 def test_every_kind_that_changes_linears_is_here() -> None:
-    others = {"prefix", "prompt", "p-tuning", "bottleneck", "loreft"}
+    others = {"sparse", "prefix", "prompt", "p-tuning", "bottleneck", "loreft"}
     assert {kind for kind, _, _ in CASES.values()} | others == LOWERINGS.keys()
 
 
@@ -132,6 +180,8 @@ def test_a_tensor_that_is_left_over_is_named(case: str) -> None:
 def test_what_is_no_finite_number_is_refused(case: str) -> None:
     for part, shape in CASES[case][2].items():
         given = {**tensors(case, Q), f"{ROOT}{Q}.{part}": torch.full(shape, torch.inf)}
+        if part in PLACES:
+            continue
         assert "is no finite number" in refusal(case, given)
 
 
@@ -224,6 +274,186 @@ def test_reflections_that_depend_on_each_other_have_no_gram_schmidt() -> None:
     assert "column 1 depends on those before it" in refusal("hra", given, apply_GS=True)
 
 
+def test_road_turns_the_bases_bias_too_and_boft_leaves_it_alone() -> None:
+    road, boft = lowered("road", tensors("road", Q)).sites[Q], lowered("boft", tensors("boft", Q)).sites[Q]
+    assert boft.rotate_in is not None
+    assert boft.bias is None
+    assert road.rotate_out is not None
+    assert road.bias is not None
+    turned = rotate.apply_loop(BIAS[None], BIAS[None], torch.ones(1, 1), [(0, road.rotate_out)])
+    assert torch.allclose(road.bias.bias_O, (turned - BIAS)[0], atol=1e-5)
+
+
+def test_a_pair_costs_four_numbers_however_far_apart_it_is() -> None:
+    for group in (2, 4, 8):
+        rotation = lowered("road", tensors("road", Q), group_size=group).sites[Q].rotate_out
+        assert rotation is not None
+        assert rotation.bytes == OUT * 2 * 4
+
+
+@pytest.mark.parametrize("terms", range(1, 8))
+def test_the_neumann_series_is_pefts(terms: int) -> None:
+    Q_11 = torch.randn(2, 3, 3, dtype=torch.float64) * 0.3
+    skew, upper = Q_11 - Q_11.transpose(1, 2), torch.triu_indices(3, 3, 1)
+    module = OFTRotationModule(2, 3, 3, 6)
+    expected = module._cayley_batch(skew[:, upper[0], upper[1]], 3, True, terms)
+    assert torch.allclose(oft.neumann(skew, terms), expected, atol=1e-12)
+
+
+def test_a_butterfly_of_several_factors_is_pefts() -> None:
+    """PEFT itself multiplies several only on a GPU; here its own factors and permutations are multiplied."""
+    features, size, count = 16, 4, 4
+    for count_of_factors in (2, 3):
+        layer = BoftLinear(torch.nn.Linear(features, 2), "default", BOFTConfig(boft_block_size=size))
+        together = 1 << (count_of_factors - 1)
+        learned = torch.randn(count_of_factors, count, size, size, dtype=torch.float64)
+        expected = torch.eye(features, dtype=torch.float64)
+        for factor in range(count_of_factors):
+            order = layer.block_butterfly_perm(features, count >> factor, size // 2, count_of_factors - 1)
+            permutation = layer.perm2mat(order).double()
+            blocks = torch.block_diag(*layer.cayley_batch(learned[factor].float()).double())
+            expected = permutation @ blocks @ permutation.t() @ expected
+        config = {"boft_block_size": size, "boft_block_num": 0, "boft_n_butterfly_factor": count_of_factors}
+        given = {f"{ROOT}{Q}.boft_R": learned.float(), f"{ROOT}{Q}.boft_s": torch.ones(2, 1)}
+        onto = replace(target(), sites={Q: SiteShape(features, 2, None)})
+        rotation = lower("boft", config, given, onto).sites[Q].rotate_in
+        assert rotation is not None
+        assert rotation.excess_BSS.shape == (count // together, size * together, size * together)
+        got = torch.block_diag(*rotation.excess_BSS) + torch.eye(features)
+        assert torch.allclose(got.t(), expected.float(), atol=1e-5)
+
+
+def test_blocks_that_do_not_fit_are_refused() -> None:
+    assert "boft_block_size 4 and" in refusal("boft", tensors("boft", Q), boft_block_size=4)
+    assert "do not fit the 6 inputs" in refusal("boft", tensors("boft", Q), boft_n_butterfly_factor=2)
+    assert "group_size 6 does not divide the 8 outputs" in refusal("road", tensors("road", Q), group_size=6)
+    assert "block_size 3 does not divide the 6 inputs and 8 outputs" in refusal("c3a", tensors("c3a", Q), block_size=3)
+    assert "n_frequency 49 is above the 48 weights" in refusal("fourierft", tensors("fourierft", Q), n_frequency=49)
+
+
+@pytest.mark.parametrize("size", range(1, 130))
+def test_sizes_are_found_as_peft_finds_them(size: int) -> None:
+    """By the hub and by the server, each in its own way."""
+    for wanted in (-1, *range(1, 14), 64, 500):
+        assert factors(size, wanted) == hub_factors(size, wanted) == factorization(size, wanted)
+    for wanted in range(1, size):
+        adjusted = OFTLayer.adjust_oft_parameters(None, size, wanted)
+        assert oft.fitting(size, wanted) == hub_fitting(size, wanted) == (wanted if size % wanted == 0 else adjusted)
+    assert oft.fitting(size, size + 3) == hub_fitting(size, size + 3) == size
+
+
+def test_places_of_entries_are_checked() -> None:
+    good = tensors("shira", Q)
+    rows = {**good, f"{ROOT}{Q}.shira_indices": good[f"{ROOT}{Q}.shira_indices"] + 1}
+    assert f"{Q} has an entry at 6, outside 0 to 5" in refusal("shira", rows)
+    below = {**good, f"{ROOT}{Q}.shira_indices": good[f"{ROOT}{Q}.shira_indices"] - 1}
+    assert f"{Q} has an entry at -1, outside 0 to 7" in refusal("shira", below)
+    floats = {**good, f"{ROOT}{Q}.shira_indices": good[f"{ROOT}{Q}.shira_indices"].float()}
+    assert "shira_indices of layers.0.q is torch.float32, places are whole numbers" in refusal("shira", floats)
+
+
+def sparse(places: list[int], values: list[float]) -> dict[str, Tensor]:
+    return {
+        f"{ROOT}{Q}.sparse_indices": torch.tensor(places, dtype=torch.int32),
+        f"{ROOT}{Q}.sparse_values": torch.tensor(values),
+    }
+
+
+def test_a_sparse_change_stands_row_by_row() -> None:
+    site = lower("sparse", {"entries": {Q: 3}}, sparse([0, 7, 47], [1.0, 2.0, 3.0]), target()).sites[Q]
+    assert site.delta is not None
+    expected = torch.zeros(OUT, IN)
+    expected[0, 0], expected[1, 1], expected[7, 5] = 1, 2, 3
+    assert torch.equal(site.delta.matrix_OI.to_dense(), expected)
+
+
+@pytest.mark.parametrize(
+    ("places", "values", "entries", "says"),
+    [
+        ([0, 7, 48], [1, 2, 3], {Q: 3}, f"{Q} has an entry at 48, outside 0 to 47"),
+        ([-1, 7, 9], [1, 2, 3], {Q: 3}, f"{Q} has an entry at -1, outside 0 to 47"),
+        ([7, 7, 9], [1, 2, 3], {Q: 3}, f"sparse_indices of {Q} do not ascend strictly"),
+        ([9, 7, 8], [1, 2, 3], {Q: 3}, f"sparse_indices of {Q} do not ascend strictly"),
+        ([7, 8, 9], [1, 2, 3], {Q: 2}, f"sparse_indices of {Q} has shape [3], this base needs [2]"),
+        ([7, 8, 9], [1, 2], {Q: 3}, f"sparse_values of {Q} has shape [2], this base needs [3]"),
+        ([7, 8, 9], [1, 2, torch.inf], {Q: 3}, "is no finite number"),
+        ([7, 8, 9], [1, 2, 3], {V: 3}, f"sparse_indices of {Q} has shape [3], this base needs [0]"),
+        ([7, 8, 9], [1, 2, 3], {Q: 3, V: 3}, f"{V} lacks sparse_indices, but the config has entries for it"),
+    ],
+)
+def test_a_sparse_change_that_is_unusable_is_refused(
+    places: list[int], values: list[float], entries: dict[str, int], says: str
+) -> None:
+    with pytest.raises(AdapterIncompatible) as caught:
+        lower("sparse", {"entries": entries}, sparse(places, values), target())
+    assert says in caught.value.message
+
+
 def test_a_kind_that_nobody_knows_is_refused() -> None:
-    with pytest.raises(AdapterIncompatible, match="kind road is not served; served are adalora, beft"):
-        lower("road", {}, {}, target())
+    with pytest.raises(AdapterIncompatible, match="kind lily is not served; served are adalora, beft"):
+        lower("lily", {}, {}, target())
+
+
+def mixture_tensors() -> dict[str, Tensor]:
+    """As PEFT nests them: the last weight of a module outermost."""
+    torch.manual_seed(0)
+    shapes = {
+        "experts.base_layer.lora_A": (RANK * EXPERTS, IN),
+        "experts.base_layer.lora_B": (INNER, RANK * EXPERTS),
+        "experts.lora_A": (RANK * EXPERTS, INNER),
+        "experts.lora_B": (IN, RANK * EXPERTS),
+        "gate.lora_A": (RANK, IN),
+        "gate.lora_B": (EXPERTS, RANK),
+    }
+    return {f"{ROOT}layers.0.{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+
+
+MIXTURE: dict[str, Any] = {"target_parameters": ["experts.up", "experts.down", "gate.weight"]}
+
+
+def test_an_expert_has_its_own_rows_of_a_and_its_own_columns_of_b() -> None:
+    given = mixture_tensors()
+    sites = lowered("lora", {**given, **tensors("lora", Q)}, **MIXTURE).sites
+    assert sites.keys() == {Q, *PARAMETERS}
+    up, gate = sites["layers.0.experts.up"].experts, sites["layers.0.gate.weight"].lowrank
+    assert up is not None
+    assert gate is not None
+    A, B = (
+        given[f"{ROOT}layers.0.experts.base_layer.lora_A.weight"],
+        given[f"{ROOT}layers.0.experts.base_layer.lora_B.weight"],
+    )
+    for expert in range(EXPERTS):
+        assert torch.equal(up.A_ERI[expert], A[expert * RANK : (expert + 1) * RANK])
+        assert torch.equal(up.B_EOR[expert], 2 * B[:, expert::EXPERTS])
+    assert torch.equal(gate.B_OR, 2 * given[f"{ROOT}layers.0.gate.lora_B.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"target_parameters": ["experts.side"]},
+            "target parameter experts.side is no weight of a router or of experts",
+        ),
+        ({"target_parameters": ["experts.up"]}, "experts.lora_A.weight of layers.0.experts.up has shape [12, 5]"),
+        ({"target_parameters": None}, "belongs to no Linear"),
+        ({"use_dora": True}, "use_dora True cannot stand beside target_parameters"),
+        ({"bias": "all"}, "bias all cannot stand beside target_parameters"),
+        ({"lora_bias": True}, "lora_bias True cannot stand beside target_parameters"),
+        ({"r": 2}, "has shape [12, 5], this base needs [8, 5]"),
+        ({"rank_pattern": {"down": 65}}, "rank 65 of layers.0.experts.down is above max_rank 64"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_experts_is_refused(changes: dict[str, Any], reason: str) -> None:
+    assert reason in refusal("lora", mixture_tensors(), **{**MIXTURE, **changes})
+
+
+def test_every_tensor_of_experts_that_is_missing_or_left_over_is_named() -> None:
+    for name in mixture_tensors():
+        given = mixture_tensors()
+        del given[name]
+        assert refusal("lora", given, **MIXTURE).endswith(f"lacks {name}")
+        given = {**mixture_tensors(), name: torch.full_like(mixture_tensors()[name], torch.inf)}
+        assert "is no finite number" in refusal("lora", given, **MIXTURE)
+    given = {**mixture_tensors(), f"{ROOT}layers.1.experts.lora_A.weight": torch.ones(1)}
+    assert "layers.1.experts.lora_A.weight belongs to no Linear of this base" in refusal("lora", given, **MIXTURE)

@@ -188,6 +188,35 @@ def test_a_rank_above_the_maximum_is_refused_with_both(
     run(work())
 
 
+def test_how_far_a_change_of_full_rank_is_off_is_told_and_limited(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.push(adapter("fourierft", 1), "waves")
+    hub.push(adapter("lora", 1), "bot")
+
+    async def work() -> None:
+        async with rig(max_rank=16, max_delta_error=0.5) as server:
+            with caplog.at_level("INFO", logger="server.adapters.store"):
+                await server.store.warm("waves")
+                await server.store.warm("bot")
+            waves, bot = server.store.resident()
+            assert bot.approximation is None
+            assert waves.approximation is not None
+            assert 0.01 < waves.approximation <= 0.5
+            told = next(record.getMessage() for record in caplog.records if "waves" in record.getMessage())
+            assert f"off by {waves.approximation:.2g} of its change at most" in told
+        for limit in (0.0, 0.01):
+            async with rig(max_rank=16, max_delta_error=limit) as server:
+                error = await refused(server, ("waves", 1.0))
+                assert isinstance(error, AdapterIncompatible)
+                says = (
+                    r"waves@1: its change of model\.layers\.\d\..*q_proj has full rank: of rank 16 .*max_delta_error "
+                )
+                assert re.search(rf"{says}{limit:g}$", error.message)
+
+    run(work())
+
+
 def test_what_is_unknown_or_no_reference_is_said_so(
     rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
 ) -> None:
