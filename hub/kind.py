@@ -9,6 +9,6 @@ Kind = Literal[
     "bitfit", "ln-tuning", "trainable-tokens",
     "oft", "boft", "road", "shira", "sparse", "lokr", "fourierft", "c3a", "hira",
     "prefix", "prompt", "p-tuning",
-    "bottleneck", "loreft",
+    "bottleneck", "loreft", "lora-moe",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)

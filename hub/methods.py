@@ -23,6 +23,7 @@ from hub.families.ln_tuning import LN_TUNING
 from hub.families.loha import LOHA
 from hub.families.lokr import LOKR
 from hub.families.lora import LORA
+from hub.families.lora_moe import LORA_MOE
 from hub.families.loreft import LOREFT
 from hub.families.method import Complaint, Config, Layout, Method
 from hub.families.miss import MISS
@@ -40,7 +41,7 @@ _ROWS = (
     LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT, BITFIT, LN_TUNING, TRAINABLE_TOKENS,
     OFT, BOFT, ROAD, SHIRA, SPARSE, LOKR, FOURIERFT, C3A, HIRA,
     PREFIX, PROMPT, P_TUNING,
-    BOTTLENECK, LOREFT,
+    BOTTLENECK, LOREFT, LORA_MOE,
 )  # fmt: skip
 METHODS: Mapping[str, Method] = {method.peft_type: method for method in _ROWS}
 

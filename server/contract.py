@@ -8,7 +8,8 @@ from typing import Protocol
 
 from server.primitives.graft import Graft
 from server.primitives.prefix import Prefix
-from server.records import Event, GenerationRequest, Mixture
+from server.primitives.routed_experts import Route
+from server.records import Event, GenerationRequest, Mixture, RoutingOrder
 
 
 class Lease(Protocol):
@@ -20,6 +21,10 @@ class Lease(Protocol):
     @property
     def grafts(self) -> Sequence[tuple[Graft, float]]:
         """What the mixture is made of; for the engine alone."""
+
+    @property
+    def route(self) -> Route | None:
+        """How its tokens are routed, if they are; for the engine alone."""
 
     @property
     def prefix(self) -> Prefix | None:
@@ -108,8 +113,10 @@ class HubStatus:
 
 
 class Adapters(Protocol):
-    async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
+    async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
         """Resolve every reference to a digest, load what is absent, lease all. No terms: the bare base.
+
+        `routing` asks for experts that the engine weights token by token; never `semantic`, which is terms by now.
 
         Raises: ModelNotFound, InvalidValue (a malformed reference, a weight), MixtureRefused, AdapterIncompatible,
         AdapterUnavailable.

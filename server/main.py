@@ -81,6 +81,7 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
         embedding=facts.embedding,
         places=facts.places,
         parameters=facts.parameters,
+        decoder_layers=facts.decoder_layers,
     )
     source = Source(hub, base, default_alias=config.adapters.default_alias, allow=config.adapters.allow)
     adapters = AdapterStore(source, engine, target, config.adapters, metrics, quantized=facts.quantized)

@@ -26,11 +26,47 @@ class AdapterTerm:
     weight: float = 1.0
 
 
+# One token's experts: for every decoder layer (number among the request's experts, share), the largest first.
+RouteRow = tuple[tuple[tuple[int, float], ...], ...]
+
+RoutingMode = Literal["arrow", "gate", "semantic"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingOrder:
+    """What a request asks of routing, as it was sent; None where it left the choice to the server.
+
+    `candidates` are references. `semantic` chooses once, by the prompt, and becomes a plain mixture before anything is
+    leased; the others choose token by token.
+    """
+
+    mode: RoutingMode
+    candidates: tuple[str, ...] = ()
+    top_k: int | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Experts whose weights are found token by token while the request runs.
+
+    arrow: by each Linear's input and the experts' own directions. gate: by each layer's input and the trained router
+    that is the mixture's one term. The `top_k` best of every token are weighted by the softmax of their scores over
+    `temperature`. An expert's own `weight` means nothing.
+    """
+
+    mode: Literal["arrow", "gate"]
+    experts: tuple[AdapterTerm, ...]
+    top_k: int
+    temperature: float
+
+
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """The adapters of one request with their weights; no terms means the bare base."""
+    """The adapters of one request with their weights; no terms and no routing means the bare base."""
 
     terms: tuple[AdapterTerm, ...] = ()
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +109,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    return_routing: bool = False  # tell with every token which experts served the positions before it
     keep_logits: bool = False  # golden rows: the last prompt position's logits ride on `Finished`
 
 
@@ -92,6 +129,7 @@ class Sampled:
     token_id: int
     score: TokenScore | None = None
     cached_tokens: int = 0  # as in `Finished`, for an answer that ends before it (a stop string)
+    routes: tuple[RouteRow, ...] = ()  # of the positions computed since the last event that told some
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +149,7 @@ class Finished:
     cached_tokens: int
     stop_token_id: int | None = None
     logits: tuple[float, ...] | None = None
+    routes: tuple[RouteRow, ...] = ()  # as in `Sampled`
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,7 @@ def train_command(
     targets: Annotated[
         str | None, typer.Option(help="lora, ia3 and others: the modules to adapt, with commas.")
     ] = None,
+    experts: Annotated[str | None, typer.Option(help="lora-moe: the adapters to route among, with commas.")] = None,
     virtual_tokens: Annotated[int | None, typer.Option(help="prefix, prompt, p-tuning: how many.")] = None,
     init: Annotated[str | None, typer.Option(help="lora, prefix, prompt: the first values.")] = None,
     init_text: Annotated[
@@ -112,6 +113,7 @@ def train_command(
     }  # fmt: skip
     options = {
         "rank": rank, "alpha": alpha, "targets": targets.split(",") if targets else None,
+        "experts": experts.split(",") if experts else None,
         "virtual_tokens": virtual_tokens, "init": init, "init_text": init_text, **parse_options(option or []),
     }  # fmt: skip
     destination = parse_destination(out, push, tuple(alias or ()), note)

@@ -8,6 +8,7 @@ TrainError
 ├── DataUnusable      well-formed rows that leave nothing to train on, or nothing to hold out
 ├── BaseUnfit         the base cannot be trained here at all
 ├── MethodUnfit       this method cannot be trained on this base, and why
+├── ExpertUnfit       an adapter that a router cannot have as an expert
 ├── TemplateUnfit     the base's chat template does not show which tokens are the assistant's
 ├── ImportRefused     a foreign adapter that cannot be converted exactly, and why
 ├── DeviceMissing     a device that was asked for and is not there
@@ -57,6 +58,10 @@ class DataInvalid(TrainError):
 
 
 class DataUnusable(TrainError):
+    pass
+
+
+class ExpertUnfit(TrainError):
     pass
 
 

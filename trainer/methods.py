@@ -18,6 +18,7 @@ from hub.experts import KINDS
 from trainer.anatomy import Anatomy, names
 from trainer.families.edits import BOTTLENECK, LOREFT
 from trainer.families.linears import LINEARS
+from trainer.families.moe import LORA_MOE
 from trainer.families.sparse import DIFF_PRUNING, LT_SFT
 from trainer.method import Method, Options, Plan, unknown_targets
 
@@ -340,5 +341,6 @@ METHODS: Final[Mapping[str, Method]] = {
         LOREFT,
         LT_SFT,
         DIFF_PRUNING,
+        LORA_MOE,
     )
 }  # fmt: skip

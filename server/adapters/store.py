@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from server.adapters import golden
 from server.adapters.lowering.table import lower
-from server.adapters.lowering.target import Target
+from server.adapters.lowering.target import Lowered, Target
 from server.adapters.source import Artifact, Forgotten, Happened, Listed, Resolution, Source
 from server.config import AdapterConfig
 from server.contract import AdapterStatus, HubStatus, Lease, Servable
@@ -41,11 +41,13 @@ from server.errors import (
 from server.metrics import Metrics
 from server.primitives.graft import Graft, check_mixture, combined, prefixed
 from server.primitives.prefix import Prefix
-from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture
+from server.primitives.routed_experts import Expert, Route, make_prototypes, why_no_expert
+from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, Routing, RoutingOrder
 
 log = logging.getLogger(__name__)
 
 ROOM_TIMEOUT_S = 30.0
+DEFAULT_TOP_K = 2
 RECONNECT_S = 0.25
 
 
@@ -54,11 +56,13 @@ class Workshop(Protocol):
 
     async def compile(self, embeddings: Tensor, *, after: Prefix | None = None) -> Prefix: ...
 
-    async def probe(self, graft: Graft, prompt_ids: Sequence[int]) -> Tensor: ...
+    async def probe(self, graft: Graft, prompt_ids: Sequence[int], *, route: Route | None) -> Tensor: ...
 
 
 @dataclass(slots=True)
 class Resident:
+    """`experts` are those of a router, in the order of its rows, each leased for as long as the router is here."""
+
     resolution: Resolution
     kind: str
     rank: int | None
@@ -66,6 +70,12 @@ class Resident:
     approximation: float | None = None
     leases: int = 0
     pinned: bool = False
+    experts: tuple[Resident, ...] = ()
+    prototypes: Mapping[str, Tensor] | None = None  # made when arrow first asks for them
+
+    @property
+    def bytes(self) -> int:
+        return self.graft.bytes + sum(one.nbytes for one in (self.prototypes or {}).values())
 
     @property
     def exactness(self) -> str:
@@ -91,10 +101,17 @@ class Pointer:
 
 class HeldLease:
     def __init__(
-        self, store: AdapterStore, mixture: Mixture, held: Sequence[tuple[Resident, float]], join: Join | None
+        self,
+        store: AdapterStore,
+        mixture: Mixture,
+        held: Sequence[tuple[Resident, float]],
+        join: Join | None,
+        route: Route | None = None,
     ) -> None:
+        """A weight of zero holds a graft that is no term of the mixture: an expert."""
         self.mixture = mixture
         self.grafts = _grafts(held)
+        self.route = route
         self._store = store
         self._held: Sequence[tuple[Resident, float]] = held
         self._join = join
@@ -145,16 +162,15 @@ class AdapterStore:
         self._hub = HubStatus(True, 0, None)
         self._background: set[asyncio.Task[None]] = set()
 
-    async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
+    async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
         held: list[tuple[Resident, float]] = []
         described = []
         try:
             for text, weight in self._combined(terms):
                 resident, resolution = await self._hold(text)
                 held.append((resident, weight))
-                described.append(
-                    AdapterTerm(text, resolution.name, resolution.version, resolution.digest, resident.kind, weight)
-                )
+                described.append(_term(text, resolution, resident, weight))
+            routed = await self._routed(held, routing)
             grafts = _grafts(held)
             check_mixture(grafts)
             join = await self._joined(prefixed(grafts))
@@ -162,7 +178,91 @@ class AdapterStore:
             for resident, _ in held:
                 self.release(resident)
             raise
-        return HeldLease(self, Mixture(tuple(described)), held, join)
+        if routed is None:
+            return HeldLease(self, Mixture(tuple(described)), held, join)
+        return HeldLease(self, Mixture(tuple(described), routed[0]), held, join, routed[1])
+
+    async def _routed(
+        self, held: list[tuple[Resident, float]], order: RoutingOrder | None
+    ) -> tuple[Routing, Route] | None:
+        """How a mixture is routed, if it is; what that holds besides is put to `held`, at weight zero."""
+        router = next((resident for resident, _ in held if resident.graft.router is not None), None)
+        if order is None and router is None:
+            return None
+        if order is None or order.mode == "gate":
+            return await self._by_gate(router, held, order or RoutingOrder("gate"))
+        assert order.mode == "arrow", "semantic routing has become terms before this"
+        if held:
+            raise InvalidValue("routing.mode arrow stands beside no mixture", param="routing")
+        return await self._by_arrow(held, order)
+
+    async def _by_gate(
+        self, router: Resident | None, held: Sequence[tuple[Resident, float]], order: RoutingOrder
+    ) -> tuple[Routing, Route]:
+        if router is None or router.graft.router is None:
+            label = held[0][0].resolution.label if held else "the base"
+            raise InvalidValue(f"routing.mode gate needs a router as model, {label} is none", param="model")
+        label = router.resolution.label
+        if len(held) > 1 or held[0][1] != 1:
+            raise MixtureRefused(f"{label} is a router: it is served alone and at weight 1")
+        named = {one.resolution.label: one for one in router.experts}
+        if order.candidates:
+            named = {text: await self._expert_of(router, text) for text in order.candidates}
+        self._check_candidates([one.resolution for one in named.values()])
+        experts = tuple(_term(text, one.resolution, one, 1.0) for text, one in named.items())
+        top_k = _top_k(order, default=router.graft.router.top_k, candidates=len(experts))
+        routing = Routing("gate", experts, top_k, 1.0 if order.temperature is None else order.temperature)
+        grafts = tuple(Expert(one.graft) for one in named.values())
+        return routing, Route(grafts, top_k, routing.temperature, router.graft)
+
+    async def _expert_of(self, router: Resident, text: str) -> Resident:
+        """The expert of a router that a candidate means. Raises: InvalidValue, ModelNotFound."""
+        resolution = await self._resolved(text)
+        found = next((one for one in router.experts if one.resolution.digest == resolution.digest), None)
+        if found is None:
+            known = ", ".join(one.resolution.label for one in router.experts)
+            raise InvalidValue(
+                f"{resolution.label} is no expert of {router.resolution.label}, which has {known}",
+                param="routing.candidates",
+            )
+        return found
+
+    def _check_candidates(self, candidates: Sequence[Resolution]) -> None:
+        limit = self._config.max_terms
+        if len(candidates) > limit:
+            raise MixtureRefused(f"{len(candidates)} candidates are above the limit of {limit} adapters")
+        labels: dict[str, str] = {}
+        for one in candidates:
+            if one.digest in labels:
+                raise InvalidValue(
+                    f"candidates {labels[one.digest]} and {one.label} are the same version", param="routing.candidates"
+                )
+            labels[one.digest] = one.label
+
+    async def _by_arrow(self, held: list[tuple[Resident, float]], order: RoutingOrder) -> tuple[Routing, Route]:
+        found = [(text, await self._resolved(text)) for text in order.candidates]
+        self._check_candidates([resolution for _, resolution in found])
+        experts, grafts = list[AdapterTerm](), list[Expert]()
+        for text, _ in found:
+            resident, resolution = await self._hold(text)
+            held.append((resident, 0.0))
+            reason = why_no_expert(resident.graft, self._target.decoder_layers)
+            if reason is not None:
+                raise MixtureRefused(f"routing.mode arrow: {reason}", param="routing.candidates")
+            experts.append(_term(text, resolution, resident, 1.0))
+            grafts.append(Expert(resident.graft, await self._prototypes(resident)))
+        top_k = _top_k(order, default=DEFAULT_TOP_K, candidates=len(experts))
+        routing = Routing("arrow", tuple(experts), top_k, 1.0 if order.temperature is None else order.temperature)
+        return routing, Route(tuple(grafts), top_k, routing.temperature)
+
+    async def _prototypes(self, resident: Resident) -> Mapping[str, Tensor]:
+        """Made once for a resident adapter, beside the loop; the caller holds it."""
+        if resident.prototypes is None:
+            made = await asyncio.to_thread(make_prototypes, resident.graft)
+            if resident.prototypes is None:
+                await self._make_room(sum(one.nbytes for one in made.values()), resident.resolution.label)
+                resident.prototypes = made
+        return resident.prototypes
 
     def release(self, held: Resident | Join) -> None:
         held.leases -= 1
@@ -335,15 +435,8 @@ class AdapterStore:
 
     async def _hold(self, text: str) -> tuple[Resident, Resolution]:
         """Resolve, load if absent, lease."""
-        reference = self._named.get(text, text)
-        key = self._source.pointer(reference)
-        pointer = self._pointers.get(key) if key else None
-        if key and pointer and pointer.pending:
-            pointer = await self._advance(key, pointer)
-        if pointer:
-            resolution = pointer.serving
-        else:
-            resolution = await asyncio.to_thread(self._source.resolve, reference)
+        key = self._source.pointer(self._named.get(text, text))
+        resolution = await self._resolved(text)
         try:
             resident = await self._ensure(resolution)
         except (AdapterIncompatible, AdapterUnavailable) as error:
@@ -353,6 +446,15 @@ class AdapterStore:
         if key and key not in self._pointers:
             self._pointers[key] = Pointer(resolution)
         return resident, resolution
+
+    async def _resolved(self, text: str) -> Resolution:
+        """What a reference means here now; an alias that has moved is tried first."""
+        reference = self._named.get(text, text)
+        key = self._source.pointer(reference)
+        pointer = self._pointers.get(key) if key else None
+        if key and pointer and pointer.pending:
+            pointer = await self._advance(key, pointer)
+        return pointer.serving if pointer else await asyncio.to_thread(self._source.resolve, reference)
 
     async def _ensure_earlier(self, key: tuple[str, str], error: ServerError) -> tuple[Resident, Resolution]:
         """What an alias serves when its version fails and none before it is at work here: where the alias was before.
@@ -377,19 +479,20 @@ class AdapterStore:
                 self._loading[digest] = (resolution, asyncio.create_task(self._load(resolution)))
             # Shielded: when the one who asked first goes away, the others still wait for it.
             resident = await asyncio.shield(self._loading[digest][1])
+        if digest not in self._resident and resident.experts:
+            return await self._ensure(resolution)  # evicted between the end of its loading and now, its experts let go
         resident.leases += 1
         if digest in self._resident:
             self._resident.move_to_end(digest)
-        else:  # evicted between the end of its loading and now
-            await self._make_room(resident.graft.bytes, resident.graft.label)
+        else:  # evicted likewise
+            await self._make_room(resident.bytes, resolution.label)
             self._resident[digest] = resident
         return resident
 
     async def _load(self, resolution: Resolution) -> Resident:
         started = time.perf_counter()
         try:
-            async with self._load_slots:
-                resident = await self._make(resolution)
+            resident = await self._make(resolution)
         except (AdapterIncompatible, AdapterUnavailable) as error:
             # Remembered, for the bytes of a digest never change; only what the disk did may be better next time.
             if not isinstance(error.__cause__, Exception):
@@ -408,11 +511,43 @@ class AdapterStore:
         return resident
 
     async def _make(self, resolution: Resolution) -> Resident:
-        artifact = await asyncio.to_thread(self._source.fetch, resolution)
+        async with self._load_slots:
+            artifact = await asyncio.to_thread(self._source.fetch, resolution)
+            try:
+                lowered = await asyncio.to_thread(lower, artifact.kind, artifact.config, artifact.tensors, self._target)
+            except AdapterIncompatible as error:
+                raise AdapterIncompatible(f"{resolution.label}: {error.message}", param="model") from None
+        # A router's experts take load slots of their own, so it must not wait for them in one.
+        experts = await self._hold_experts(resolution, lowered.experts)
         try:
-            lowered = await asyncio.to_thread(lower, artifact.kind, artifact.config, artifact.tensors, self._target)
-        except AdapterIncompatible as error:
-            raise AdapterIncompatible(f"{resolution.label}: {error.message}", param="model") from None
+            async with self._load_slots:
+                return await self._finish(resolution, artifact, lowered, experts)
+        except BaseException:
+            for expert in experts:
+                self.release(expert)
+            raise
+
+    async def _hold_experts(self, resolution: Resolution, references: Sequence[str]) -> tuple[Resident, ...]:
+        """A router's experts, by the digests that it pins, leased for it."""
+        held: list[Resident] = []
+        try:
+            for text in references:
+                expert = await self._ensure(await asyncio.to_thread(self._source.resolve, text))
+                held.append(expert)
+                reason = why_no_expert(expert.graft, self._target.decoder_layers)
+                if reason is not None:
+                    raise AdapterIncompatible(f"{resolution.label} routes among experts: {reason}", param="model")
+        except BaseException as error:
+            for expert in held:
+                self.release(expert)
+            if isinstance(error, ModelNotFound | AdapterUnavailable):
+                raise AdapterUnavailable(f"{resolution.label} has no expert {text[:200]}: {error.message}") from error
+            raise
+        return tuple(held)
+
+    async def _finish(
+        self, resolution: Resolution, artifact: Artifact, lowered: Lowered, experts: tuple[Resident, ...]
+    ) -> Resident:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = await self._workshop.compile(lowered.soft_prompt_VE)
@@ -420,13 +555,16 @@ class AdapterStore:
                 raise AdapterIncompatible(f"{resolution.label}: its soft prompt overflows in the base", param="model")
         graft = lowered.graft(resolution.digest, resolution.label, prefix)
         if self._config.check_golden:
-            await self._replay(artifact, graft)
+            await self._replay(artifact, graft, experts)
         await self._make_room(graft.bytes, graft.label)  # the last wait: nothing comes between the room and its use
-        return Resident(resolution, artifact.kind, artifact.rank, graft, lowered.approximation)
+        return Resident(resolution, artifact.kind, artifact.rank, graft, lowered.approximation, experts=experts)
 
-    async def _replay(self, artifact: Artifact, graft: Graft) -> None:
+    async def _replay(self, artifact: Artifact, graft: Graft, experts: Sequence[Resident]) -> None:
+        route = None
+        if graft.router is not None:
+            route = Route(tuple(Expert(one.graft) for one in experts), graft.router.top_k, 1.0, graft)
         for index, row in enumerate(artifact.golden):
-            got = await self._workshop.probe(graft, row.prompt_ids)
+            got = await self._workshop.probe(graft, row.prompt_ids, route=route)
             off = golden.distance(row.logits_V, got)
             if not off <= self._golden_limit:
                 raise AdapterUnavailable(
@@ -446,7 +584,7 @@ class AdapterStore:
                 continue
             digest = next((d for d, one in self._resident.items() if not one.leases and not one.pinned), None)
             if digest is not None:
-                evicted = self._resident.pop(digest)
+                evicted = self._forget(digest)
                 log.info("%s was evicted for %s", evicted.resolution.label, label)
                 continue
             self._room.clear()
@@ -460,9 +598,16 @@ class AdapterStore:
                     retry_after_s=5.0,
                 ) from None
 
+    def _forget(self, digest: str) -> Resident:
+        """Take a resident adapter away, and with a router its hold on its experts."""
+        gone = self._resident.pop(digest)
+        for expert in gone.experts:
+            self.release(expert)
+        return gone
+
     def _bytes(self) -> int:
         joins = sum(join.prefix.bytes for join in self._joins.values())
-        return joins + sum(one.graft.bytes for one in self._resident.values())
+        return joins + sum(one.bytes for one in self._resident.values())
 
     async def _follow(self, name: str) -> None:
         """Something happened to a name: find out where its aliases in use point now."""
@@ -524,9 +669,9 @@ class AdapterStore:
             raise ModelNotFound(UNKNOWN_MODEL.format(reference[:200]) + ": it is not resident")
         resident.pinned = False
         if resident.leases and strict:
-            raise InvalidValue(f"{resolution.label} is held by {resident.leases} running requests")
+            raise InvalidValue(f"{resolution.label} is held by {resident.leases} running requests or resident routers")
         if not resident.leases:
-            del self._resident[resolution.digest]
+            self._forget(resolution.digest)
         return replace(self._status(resident), tier="evicted")
 
     def _status(self, one: Resident) -> AdapterStatus:
@@ -537,7 +682,7 @@ class AdapterStore:
             digest=digest,
             kind=one.kind,
             tier="device",
-            bytes=one.graft.bytes,
+            bytes=one.bytes,
             leases=one.leases,
             pinned=one.pinned,
             rank=one.rank,
@@ -555,6 +700,19 @@ class AdapterStore:
                     asked.add(name)
         asked.update(name for name, reference in self._named.items() if reference in asked)
         return sorted(asked)
+
+
+def _term(text: str, resolution: Resolution, resident: Resident, weight: float) -> AdapterTerm:
+    return AdapterTerm(text, resolution.name, resolution.version, resolution.digest, resident.kind, weight)
+
+
+def _top_k(order: RoutingOrder, *, default: int, candidates: int) -> int:
+    """What was asked for, or the default as far as there are candidates. Raises: InvalidValue."""
+    if order.top_k is None:
+        return min(default, candidates)
+    if order.top_k > candidates:
+        raise InvalidValue(f"top_k {order.top_k} is above the {candidates} candidates", param="routing.top_k")
+    return order.top_k
 
 
 def _grafts(held: Sequence[tuple[Resident, float]]) -> tuple[tuple[Graft, float], ...]:

@@ -40,8 +40,6 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
-    # ours, not yet
-    "routing": (),
     # vLLM
     "allowed_token_ids": (),
     "bad_words": ([],),

@@ -17,12 +17,13 @@ from server.api.choose import Terms
 from server.api.merge import merge
 from server.api.prompts import EncodedPrompt
 from server.api.sampling import choice_seed
+from server.api.semantic import choose_by_prompt
 from server.api.service import Service
 from server.api.transcript import Piece, Transcript
 from server.contract import Lease, Stream
 from server.errors import InvalidValue, PromptTooLong
 from server.metrics import Meter, Outcome
-from server.records import GenerationRequest, Mixture, Sampled, Sampling
+from server.records import GenerationRequest, Mixture, RoutingOrder, Sampled, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Order:
     terms: Terms
     prompts: tuple[EncodedPrompt, ...]
     sampling: Sampling
+    routing: RoutingOrder | None = None
     n: int = 1
     max_tokens: int | None = None  # None: as many as fit
     stops: tuple[str, ...] = ()
@@ -39,6 +41,7 @@ class Order:
     ignore_eos: bool = False
     logprobs: int | None = None
     echo: bool = False
+    return_routing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,15 +137,30 @@ async def start(service: Service, order: Order, *, arrived: float) -> Generation
 
 async def _leases(service: Service, order: Order, undo: ExitStack) -> list[Lease]:
     """One lease for each choice. A name may move between two of them, so the later ones ask for the first's digests."""
-    first = await service.adapters.acquire(order.terms)
+    terms, routing = order.terms, order.routing
+    if routing is not None and routing.mode == "semantic":
+        if len(order.prompts) > 1:
+            raise InvalidValue("routing.mode semantic takes one prompt, not a list of them", param="prompt")
+        terms, routing = await choose_by_prompt(service, routing, order.prompts[0]), None
+    first = await service.adapters.acquire(terms, routing)
     undo.callback(first.release)
     leases = [first]
-    pinned = [(f"{term.name}@{term.digest}", term.weight) for term in first.mixture.terms]
+    terms, routing = _pinned(first.mixture)
     for _ in range(len(order.prompts) * order.n - 1):
-        lease = await service.adapters.acquire(pinned)
+        lease = await service.adapters.acquire(terms, routing)
         undo.callback(lease.release)
         leases.append(lease)
     return leases
+
+
+def _pinned(mixture: Mixture) -> tuple[Terms, RoutingOrder | None]:
+    """What asks for the same digests again."""
+    terms = tuple((f"{term.name}@{term.digest}", term.weight) for term in mixture.terms)
+    routing = mixture.routing
+    if routing is None:
+        return terms, None
+    candidates = tuple(f"{expert.name}@{expert.digest}" for expert in routing.experts)
+    return terms, RoutingOrder(routing.mode, candidates, routing.top_k, routing.temperature)
 
 
 def _requests(service: Service, order: Order, lease: Lease) -> list[GenerationRequest]:
@@ -165,6 +183,7 @@ def _requests(service: Service, order: Order, lease: Lease) -> list[GenerationRe
                     ignore_eos=order.ignore_eos,
                     logprobs=order.logprobs,
                     prompt_logprobs=order.logprobs if order.echo else None,
+                    return_routing=order.return_routing,
                 )
             )
     return requests

@@ -12,6 +12,7 @@ from server.api.generation import Order
 from server.api.messages import encode_messages
 from server.api.prompts import EncodedPrompt, encode_prompt, read_prompts
 from server.api.requests import MAX_SEQUENCES, ChatBody, CompletionBody, GenerationBody
+from server.api.routing import read_routing
 from server.api.sampling import read_sampling, read_stops, read_token_ids
 from server.api.service import Service
 from server.api.shapes import ChatShape, CompletionShape, Wanted
@@ -78,8 +79,10 @@ def _order(
     echo: bool,
 ) -> Order:
     size = len(service.tokenizer.vocabulary)
+    terms = read_choice(service, body)
     return Order(
-        terms=read_choice(service, body),
+        terms=terms,
+        routing=read_routing(body, terms),
         prompts=prompts,
         sampling=read_sampling(body, seed=_seed(body), vocabulary_size=size),
         n=_choices(service, body, prompts=len(prompts)),
@@ -91,6 +94,7 @@ def _order(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         echo=echo,
+        return_routing=bool(body.return_routing),
     )
 
 
@@ -126,6 +130,7 @@ def _wanted(service: Service, body: GenerationBody, order: Order) -> Wanted:
         logprobs=order.logprobs is not None,
         token_ids=bool(body.return_token_ids),
         echo=order.echo,
+        routing=order.return_routing,
         usage=body.stream_options is not None and bool(body.stream_options.include_usage),
     )
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -17,6 +17,7 @@ MAX_PROMPTS = 256
 MAX_SEQUENCES = 256  # prompts times n of one request
 MAX_LOGPROBS = 20
 MAX_MODEL_CHARACTERS = 4096
+MAX_CANDIDATES = 256
 
 Stop = Annotated[
     Any,
@@ -84,6 +85,21 @@ class LoraScale(Body):
     scale: float
 
 
+class RoutingItem(Body):
+    """Who chooses the adapters, and among which: see `server.api.routing`."""
+
+    mode: Literal["arrow", "gate", "semantic"]
+    candidates: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]],
+            Field(min_length=1, max_length=MAX_CANDIDATES),
+        ]
+        | None
+    ) = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
+    temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -100,6 +116,7 @@ class GenerationBody(Body):
     adapter_id: ModelName | None = None
     merged_adapters: MergedAdapters | None = None
     lora: list[LoraScale] | None = None
+    routing: RoutingItem | None = None
     # how tokens are drawn
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -121,6 +138,7 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_routing: bool | None = None
 
 
 class Message(Body):

@@ -23,6 +23,7 @@ from server.adapters.bank import Bank
 from server.config import EngineConfig
 from server.contract import EngineSnapshot, Lease
 from server.engine.pack import Packed, block_rows, pack_step
+from server.engine.pack_routes import read_shares
 from server.engine.sample import Draw, draw_tokens, score
 from server.errors import AdapterUnavailable, EngineFailed, InvalidValue, PromptTooLong, QueueFull, StartupRefused
 from server.model.kv import block_bytes
@@ -33,7 +34,18 @@ from server.policy.schedule import Chunk, Outcome, Scheduler, Step
 from server.policy.schedule import Sequence as ScheduledSequence
 from server.primitives.graft import Graft, combined, prefixed
 from server.primitives.prefix import Prefix
-from server.records import Event, Failed, Finished, GenerationRequest, Mixture, PromptScored, Sampled, TokenScore
+from server.primitives.routed_experts import Route
+from server.records import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Mixture,
+    PromptScored,
+    RouteRow,
+    Sampled,
+    TokenScore,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +83,12 @@ class Live:
     loop: asyncio.AbstractEventLoop
     sequence: ScheduledSequence
     scores: list[TokenScore] = field(default_factory=list)
+    routes: list[RouteRow] = field(default_factory=list)  # not yet told
+    routed_positions: int = 0
+
+    def take_routes(self) -> tuple[RouteRow, ...]:
+        taken, self.routes = tuple(self.routes), []
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +97,7 @@ class ProbeLease:
 
     grafts: Sequence[tuple[Graft, float]]
     mixture: Mixture = field(default_factory=Mixture)
+    route: Route | None = None
 
     @property
     def prefix(self) -> Prefix | None:
@@ -152,7 +171,7 @@ class EngineLoop:
             course=course_of(lease, request.prompt_ids),
             virtual=lease.virtual_tokens,
             stop_ids=request.stop_token_ids | (frozenset() if request.ignore_eos else self._network.facts.end_ids),
-            reuse=self._config.prefix_cache and request.prompt_logprobs is None and not request.keep_logits,
+            reuse=self._config.prefix_cache and _reads_cache(request),
         )
         stream = EventStream(lambda: self._inbox.put(lambda: self._drop(sequence.id)))
         live = Live(request, lease, stream, asyncio.get_running_loop(), sequence)
@@ -165,8 +184,11 @@ class EngineLoop:
             lambda: self._network.compile_prefix(embeddings, block_size=self._config.block_size, after=after)
         )
 
-    async def probe(self, graft: Graft, prompt_ids: Sequence[int]) -> Tensor:
-        """The logits (vocabulary) after a prompt under one graft, computed in the running batch like any request."""
+    async def probe(self, graft: Graft, prompt_ids: Sequence[int], *, route: Route | None = None) -> Tensor:
+        """The logits (vocabulary) after a prompt under one graft, computed in the running batch like any request.
+
+        `route` goes with a graft that is a router.
+        """
         request = GenerationRequest(
             request_id=f"golden-{graft.digest[7:19]}",
             prompt_ids=tuple(prompt_ids),
@@ -174,7 +196,7 @@ class EngineLoop:
             max_tokens=0,
             keep_logits=True,
         )
-        async for event in self.submit(request, ProbeLease(combined(((graft, 1.0),)))):
+        async for event in self.submit(request, ProbeLease(combined(((graft, 1.0),)), route=route)):
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished) and event.logits is not None:
@@ -185,6 +207,12 @@ class EngineLoop:
         limit = self._config.max_running + self._config.max_waiting
         if self._open >= limit:
             raise QueueFull(f"{self._open} requests are open, the limit is {limit}", retry_after_s=1.0)
+        if request.return_routing and lease.route is None:
+            raise InvalidValue("return_routing: this request is not routed token by token", param="return_routing")
+        if request.return_routing and not self._network.facts.decoder_layers:
+            raise InvalidValue(
+                "return_routing: the layers of this base could not be told apart", param="return_routing"
+            )
         if not request.prompt_ids:
             raise InvalidValue("the prompt has no tokens", param="prompt")
         if not request.keep_logits:  # a golden row shows what its maker saw there, whatever worked
@@ -249,11 +277,27 @@ class EngineLoop:
             self._bank,
             {id_: one.lease.grafts for id_, one in live.items()},
             frozenset(id_ for id_, one in live.items() if one.request.prompt_logprobs is not None),
+            routes={id_: one.lease.route for id_, one in live.items() if one.lease.route is not None},
+            traced=frozenset(id_ for id_, one in live.items() if one.request.return_routing),
         )
         logits_RV = self._network.forward(packed.batch)
+        self._note_routes(packed)
         drawn = self._draw(packed, logits_RV)
         for outcome in self._scheduler.commit(step, drawn):
             self._tell(outcome)
+
+    def _note_routes(self, packed: Packed) -> None:
+        """Keep who served the step's tokens for those who want to know; a preempted sequence tells nothing twice."""
+        wanted = frozenset(c.sequence.id for c, _, _ in packed.rows if self._live[c.sequence.id].request.return_routing)
+        if packed.routed is None or not wanted:
+            return
+        shares = read_shares(packed.routed, wanted, len(self._network.facts.layers))
+        for one in packed.routed.chunks:
+            live = self._live[one.chunk.sequence.id]
+            if one.chunk.sequence.id in wanted:
+                known = max(0, live.routed_positions - one.chunk.start)
+                live.routes += shares[one.chunk.sequence.id][known:]
+                live.routed_positions = max(live.routed_positions, one.chunk.start + one.chunk.count)
 
     def _preload(self, chunk: Chunk) -> None:
         if chunk.preload is None:
@@ -320,7 +364,7 @@ class EngineLoop:
             return
         if not outcome.stopped:
             scored = live.scores.pop() if live.scores else None
-            self._outbox.append((live, Sampled(outcome.token, scored, live.sequence.cached)))
+            self._outbox.append((live, Sampled(outcome.token, scored, live.sequence.cached, live.take_routes())))
         if outcome.finish is not None:
             stop = outcome.token if outcome.stopped else None
             self._end(outcome.sequence.id, _finished(live, outcome.finish, stop, None))
@@ -377,8 +421,15 @@ class EngineLoop:
             live.lease.release()
 
 
+def _reads_cache(request: GenerationRequest) -> bool:
+    """Whether positions may be taken from the prefix cache: not where something is wanted of every one of them."""
+    return request.prompt_logprobs is None and not request.keep_logits and not request.return_routing
+
+
 def course_of(lease: Lease, prompt: Sequence[int]) -> Course:
     """What each position of a request is computed with. Equal courses over equal tokens leave equal KV."""
+    if lease.route is not None:  # nothing stands beside it
+        return course([Term(lease.route.label)], prompt)
     terms = [
         Term(f"{graft.key}*{weight!r}" if weight and graft.sites else "", graft.reach) for graft, weight in lease.grafts
     ]
@@ -414,11 +465,14 @@ def _finished(live: Live, reason: str, stop: int | None, logits: tuple[float, ..
         cached_tokens=live.sequence.cached,
         stop_token_id=stop,
         logits=logits,
+        routes=live.take_routes(),
     )
 
 
 def _overflow(live: Live) -> AdapterUnavailable | EngineFailed:
-    names = ", ".join(f"{term.name}@{term.version}" for term in live.request.mixture.terms)
+    mixture = live.request.mixture
+    experts = () if mixture.routing is None else mixture.routing.experts
+    names = ", ".join(f"{term.name}@{term.version}" for term in (*mixture.terms, *experts))
     if names:
         return AdapterUnavailable(f"the numbers of {names} overflowed on this prompt")
     return EngineFailed("the base's numbers overflowed on this prompt")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from server.adapters.bank import Bank
+from server.engine.pack_routes import PackedRoutes, pack_routes
 from server.model.attention import AttentionPlan, Span
 from server.model.kv import KvCache
 from server.model.network import Batch
@@ -15,6 +16,9 @@ from server.policy.reach import pieces
 from server.policy.schedule import Chunk, Step
 from server.primitives.gates import gates_from_rows
 from server.primitives.graft import Graft
+from server.primitives.routed_experts import Route
+
+NO_ROUTES: Mapping[int, Route] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +27,23 @@ class Packed:
 
     batch: Batch
     rows: tuple[tuple[Chunk, int, int], ...]
+    routed: PackedRoutes | None = None
 
 
 def pack_step(
-    step: Step, cache: KvCache, bank: Bank, grafts: Mapping[int, Sequence[tuple[Graft, float]]], scored: frozenset[int]
+    step: Step,
+    cache: KvCache,
+    bank: Bank,
+    grafts: Mapping[int, Sequence[tuple[Graft, float]]],
+    scored: frozenset[int],
+    *,
+    routes: Mapping[int, Route] = NO_ROUTES,
+    traced: frozenset[int] = frozenset(),
 ) -> Packed:
-    """`grafts` maps a sequence's id to its mixture; `scored` are those that want the logits of every position."""
+    """`grafts` maps a sequence's id to its mixture; `scored` are those that want the logits of every position.
+
+    `routes` has the sequences that are routed; `traced` are those of them that want to know how.
+    """
     chunks = sorted(step.chunks, key=lambda chunk: chunk.count > 1)
     decodes = [chunk for chunk in chunks if chunk.count == 1]
     spans = chunks[len(decodes) :]
@@ -67,6 +82,7 @@ def pack_step(
     if columns:
         table = [row for chunk in chunks for row in _gate_rows(chunk, grafts[chunk.sequence.id], columns)]
         gates = gates_from_rows(table, bank.size, cache.keys[0])
+    routed = pack_routes(chunks, routes, bank.experts, device=device, traced=bool(traced))
     wanted_R = torch.tensor(wanted, device=device, dtype=torch.long)
     batch = Batch(
         ids_T=torch.tensor(ids, device=device),
@@ -76,8 +92,9 @@ def pack_step(
         gates=gates,
         operands=bank.operands if columns else {},
         wanted_gates=None if gates is None else gates.at(wanted_R, wanted),
+        routes=routed.routes if routed else None,
     )
-    return Packed(batch, tuple(rows))
+    return Packed(batch, tuple(rows), routed)
 
 
 def block_rows(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:

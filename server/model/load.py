@@ -23,6 +23,7 @@ from server.model import attention
 from server.model.attention import ShapeRecorder, UnsupportedAttention
 from server.model.experts import graft_experts
 from server.model.grafted import graft_network
+from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
 from server.model.norms import norm_inputs
 from server.model.places import Places, find_anatomy
@@ -66,6 +67,8 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     # After the grafting: what adds to the stream is then a module with everything that adapters change in it.
     again = partial(_record, stock, probes[0].to(device), name)
     places = Places(find_anatomy(stock, recorder.modules, again), active)
+    decoder_layers = find_layers(stock, depth)
+    announce_layers(stock, decoder_layers, active)
     facts = BaseFacts(
         name=name,
         layers=tuple(recorder.layers[layer] for layer in range(depth)),
@@ -81,6 +84,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         device=device,
         quantized=config.quantize != "none",
         parameters=graft_experts(stock, active),
+        decoder_layers=decoder_layers,
     )
     network = Network(stock, facts, active, places)
     _prove(network, probes, expected)

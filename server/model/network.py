@@ -19,6 +19,7 @@ from server.model.weights import base_weight
 from server.primitives.experts import ParameterShape
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
+from server.primitives.route import Routes
 from server.primitives.site import Active, EmbeddingShape, NormShape, SiteOperand, SiteShape
 
 
@@ -33,6 +34,7 @@ class Batch:
     gates: Gates | None
     operands: Mapping[str, SiteOperand]
     wanted_gates: Gates | None = None  # those of wanted_R, for the output head
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class BaseFacts:
     device: torch.device
     quantized: bool
     parameters: Mapping[str, ParameterShape] = field(default_factory=dict)  # weights of routers and experts
+    decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told
 
 
 class Network:
@@ -66,7 +69,7 @@ class Network:
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
         self._active.operands, self._active.gates = batch.operands, batch.gates
-        self._active.wanted_gates = batch.wanted_gates
+        self._active.wanted_gates, self._active.routes = batch.wanted_gates, batch.routes
         self._places.arm(batch.operands)
         out = self._stock(
             input_ids=batch.ids_T[None],
@@ -88,7 +91,8 @@ class Network:
         positions = torch.arange(start, stop, device=self.facts.device)
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
         plan = AttentionPlan(cache, positions, None, None, [Span(stop - start, stop, blocks)])
-        self._active.operands, self._active.gates, self._active.wanted_gates = {}, None, None
+        self._active.operands, self._active.gates = {}, None
+        self._active.wanted_gates, self._active.routes = None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
             position_ids=positions[None],

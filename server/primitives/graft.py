@@ -10,6 +10,7 @@ from torch import Tensor
 from server.errors import MixtureRefused
 from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.prefix import Prefix
+from server.primitives.route import Router
 from server.primitives.site import SiteValue
 
 
@@ -29,6 +30,8 @@ class Graft:
     reach: Reach = EVERYWHERE
     part: str = ""
     beside: tuple[Graft, ...] = ()
+    router: Router | None = None  # it routes among experts, and does nothing itself
+    experts: tuple[str, ...] = ()  # of a router: the digests of the adapters that its rows score
 
     @property
     def key(self) -> str:
@@ -38,11 +41,9 @@ class Graft:
     @property
     def bytes(self) -> int:
         """Memory that it really takes, by its actual ranks and dtype."""
-        prefix = (self.prefix.bytes if self.prefix else 0) + (
-            self.soft_prompt_VE.nbytes if self.soft_prompt_VE is not None else 0
-        )
-        beside = sum(other.bytes for other in self.beside)
-        return sum(value.bytes for value in self.sites.values()) + prefix + beside
+        others = sum(part.bytes for part in (self.prefix, self.router, *self.beside) if part is not None)
+        soft = self.soft_prompt_VE.nbytes if self.soft_prompt_VE is not None else 0
+        return sum(value.bytes for value in self.sites.values()) + others + soft
 
     @property
     def virtual_tokens(self) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from server.primitives import bias, delta, edit, experts, gain, lowrank, rotate, scale
 from server.primitives.gates import Gates
+from server.primitives.route import Routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class Active:
 
     operands: Mapping[str, SiteOperand] = field(default_factory=dict)
     gates: Gates | None = None
+    routes: Routes | None = None
     wanted_gates: Gates | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from server.adapters.lowering.table import lower
 from server.adapters.lowering.target import Lowered, Target
 from server.config import ModelConfig
 from server.engine.loop import ProbeLease, course_of
-from server.engine.pack import block_rows, pack_step
+from server.engine.pack import NO_ROUTES, block_rows, pack_step
+from server.engine.pack_routes import read_shares
 from server.model.load import load_network
 from server.model.network import Network
 from server.policy.blocks import BlockPool
@@ -29,6 +30,8 @@ from server.policy.schedule import Scheduler
 from server.policy.schedule import Sequence as Scheduled
 from server.primitives.graft import Graft, combined, prefixed
 from server.primitives.prefix import Prefix
+from server.primitives.routed_experts import Route
+from server.records import RouteRow
 from tests.oracle.kinds import Row, make_adapter, rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -161,6 +164,7 @@ class Bench:
     steps: int = 0
     mixed_steps: int = 0
     sequences: dict[int, Scheduled] = field(default_factory=dict)
+    shares: dict[int, list[RouteRow]] = field(default_factory=dict)
 
     def target(self) -> Target:
         facts = self.network.facts
@@ -178,6 +182,7 @@ class Bench:
             facts.places,
             facts.parameters,
             self.max_delta_error,
+            facts.decoder_layers,
         )
 
     def lower(self, folder: Path, kind: str) -> Lowered:
@@ -204,8 +209,16 @@ class Bench:
             prefix = own if prefix is None else prefix.then(own)
         return prefix
 
-    def run(self, requests: Sequence[tuple[list[int], list[tuple[Graft, float]]]], new: int = 0) -> list[Tensor]:
-        """All requests in one batch, `new` greedy tokens each: logits (positions, vocabulary) per request."""
+    def run(
+        self,
+        requests: Sequence[tuple[list[int], list[tuple[Graft, float]]]],
+        new: int = 0,
+        routes: Mapping[int, Route] = NO_ROUTES,
+    ) -> list[Tensor]:
+        """All requests in one batch, `new` greedy tokens each: logits (positions, vocabulary) per request.
+
+        `routes` by the request's place; who got what is then in `shares`.
+        """
         pool = BlockPool(self.blocks)
         cache = self.network.new_cache(self.blocks, self.block_size)
         bank = Bank()
@@ -230,8 +243,12 @@ class Bench:
                     cache.load(
                         prefix, chunk.preload, block_rows(chunk.sequence.blocks, *chunk.preload, self.block_size)
                     )
-            packed = pack_step(step, cache, bank, grafts, frozenset(grafts))
+            routed = {c.sequence.id: routes[c.sequence.id] for c in step.chunks if c.sequence.id in routes}
+            packed = pack_step(step, cache, bank, grafts, frozenset(grafts), routes=routed, traced=frozenset(routed))
             out = self.network.forward(packed.batch)
+            if packed.routed is not None:
+                for id_, read in read_shares(packed.routed, frozenset(routed), len(self.network.facts.layers)).items():
+                    self.shares.setdefault(id_, []).extend(read)
             self.steps += 1
             self.mixed_steps += len(step.chunks) > 1
             drawn = {}

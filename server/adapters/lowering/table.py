@@ -23,6 +23,7 @@ from server.adapters.lowering.ln_tuning import lower_ln_tuning
 from server.adapters.lowering.loha import lower_loha
 from server.adapters.lowering.lokr import lower_lokr
 from server.adapters.lowering.lora import lower_lora
+from server.adapters.lowering.lora_moe import lower_lora_moe
 from server.adapters.lowering.loreft import lower_loreft
 from server.adapters.lowering.miss import lower_miss
 from server.adapters.lowering.oft import lower_oft
@@ -62,6 +63,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "prefix": lower_prefix,
     "prompt": lower_soft_prompt,
     "p-tuning": lower_soft_prompt,
+    "lora-moe": lower_lora_moe,
     "bottleneck": lower_bottleneck,
     "loreft": lower_loreft,
 }

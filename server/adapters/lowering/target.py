@@ -18,6 +18,7 @@ from server.primitives.delta import Delta
 from server.primitives.experts import ParameterShape
 from server.primitives.graft import Graft
 from server.primitives.prefix import LayerShape, Prefix
+from server.primitives.route import Router
 from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
 
 
@@ -45,6 +46,7 @@ class Target:
     places: frozenset[str] = frozenset()
     parameters: Mapping[str, ParameterShape] = field(default_factory=dict)
     max_delta_error: float = 0.0
+    decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told apart
 
     def place(self, tensor: Tensor) -> Tensor:
         """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
@@ -68,7 +70,8 @@ class Lowered:
     """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix.
 
     `approximation` is the largest error, at any Linear, of a kind that is not served exactly.
-    `sites` holds edits by their place. `beside` are parts of the same adapter that work at other tokens.
+    `sites` holds edits by their place. `beside` are parts of the same adapter that work at other tokens. A `router`
+    does nothing itself; `experts` are the adapters that it routes among, as references with whole digests.
     """
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
@@ -77,6 +80,8 @@ class Lowered:
     reach: Reach = EVERYWHERE
     beside: tuple[Lowered, ...] = ()
     approximation: float | None = None
+    router: Router | None = None
+    experts: tuple[str, ...] = ()
 
     def graft(self, digest: str, label: str, prefix: Prefix | None) -> Graft:
         """The adapter whole; `prefix` is its own, or what the base made of its soft prompt."""
@@ -84,7 +89,17 @@ class Lowered:
             Graft(digest, label, other.sites, reach=other.reach, part=f"#{index}")
             for index, other in enumerate(self.beside)
         )
-        return Graft(digest, label, self.sites, prefix, self.soft_prompt_VE, self.reach, beside=beside)
+        return Graft(
+            digest,
+            label,
+            self.sites,
+            prefix,
+            self.soft_prompt_VE,
+            self.reach,
+            beside=beside,
+            router=self.router,
+            experts=tuple(expert.partition("@")[2] for expert in self.experts),
+        )
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]

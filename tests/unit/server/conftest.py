@@ -219,6 +219,7 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             facts.places,
             facts.parameters,
             config.max_delta_error,
+            facts.decoder_layers,
         )
         metrics = Metrics()
         source = Source(hub, describe_base(base, name=str(base)), default_alias=config.default_alias)

@@ -29,11 +29,15 @@ def refusal(wanted: Recipe) -> str:
     return str(caught.value)
 
 
+NEEDED: dict[str, dict[str, Any]] = {"lora-moe": {"experts": ["a@1", "b@2"]}}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_fits_the_shipped_base(method: str) -> None:
     base = open_base("seedling")
-    plan = plan_of(recipe(method, "seedling"), base)
-    options = METHODS[method].options()
+    needed = NEEDED.get(method, {})
+    plan = plan_of(recipe(method, "seedling", options=needed), base)
+    options = METHODS[method].options.model_validate(needed)
     assert METHODS[method].problems(options, base.anatomy, plan) == []
     assert METHODS[method].config(options, base.anatomy) is not None
 

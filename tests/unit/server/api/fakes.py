@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from server.contract import AdapterStatus, EngineSnapshot, HubStatus, Lease, Servable
 from server.errors import (
@@ -21,6 +22,7 @@ from server.errors import (
     ServerError,
 )
 from server.primitives.graft import Graft
+from server.primitives.routed_experts import Route
 from server.records import (
     AdapterTerm,
     Event,
@@ -29,6 +31,8 @@ from server.records import (
     GenerationRequest,
     Mixture,
     PromptScored,
+    Routing,
+    RoutingOrder,
     Sampled,
     TokenScore,
 )
@@ -52,6 +56,10 @@ class FakeLease:
     @property
     def grafts(self) -> Sequence[tuple[Graft, float]]:
         return ()
+
+    @property
+    def route(self) -> Route | None:
+        return None
 
     @property
     def prefix(self) -> None:
@@ -106,7 +114,9 @@ class FakeStream:
                 self._events.put_nowait(Finished("stop", len(request.prompt_ids), count + 1, cached, token_id))
                 return
             score = None if request.logprobs is None else engine.score(token_id, request.logprobs)
-            self._events.put_nowait(Sampled(token_id, score, cached))
+            told = len(request.prompt_ids) if count == 0 else 1
+            routes = ((((1, 0.75), (0, 0.25)),),) * told if request.return_routing else ()
+            self._events.put_nowait(Sampled(token_id, score, cached, routes))
             count += 1
 
 
@@ -174,15 +184,16 @@ class FakeAdapters:
     loads: int = 0
     status: HubStatus = field(default_factory=lambda: HubStatus(True, 7, None))
 
-    async def acquire(self, terms: Sequence[tuple[str, float]]) -> Lease:
-        found = []
-        for reference, weight in terms:
-            status = await self._load(reference)
-            kind = "prompt" if status.name == "soft" else "lora"
-            found.append(AdapterTerm(reference, status.name, status.version, status.digest, kind, weight))
+    async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
+        found = [await self._term(reference, weight) for reference, weight in terms]
+        routed = None
+        if routing is not None:
+            experts = tuple([await self._term(reference, 1.0) for reference in routing.candidates])
+            mode: Literal["arrow", "gate"] = "gate" if routing.mode == "gate" else "arrow"
+            routed = Routing(mode, experts, routing.top_k or 2, routing.temperature or 1.0)
         if self.moving is not None:
             self.versions[self.moving] += 1
-        return FakeLease(self, Mixture(tuple(found)))
+        return FakeLease(self, Mixture(tuple(found), routed))
 
     def given_names(self) -> Collection[str]:
         return self.named.keys()
@@ -223,6 +234,11 @@ class FakeAdapters:
     async def evict(self, reference: str) -> AdapterStatus:
         name, version = self._resolve(reference)
         return self.resident_digests.pop(digest_of(name, version))
+
+    async def _term(self, reference: str, weight: float) -> AdapterTerm:
+        status = await self._load(reference)
+        kind = "prompt" if status.name == "soft" else "lora"
+        return AdapterTerm(reference, status.name, status.version, status.digest, kind, weight)
 
     async def _load(self, reference: str) -> AdapterStatus:
         name, version = self._resolve(reference)
