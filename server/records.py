@@ -65,11 +65,30 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptChoice:
+    """What semantic routing made of a prompt. `chosen` is a reference, None the bare base.
+
+    `score` and `threshold` are those of the chosen one, else of the nearest; None where nobody could be asked.
+    `nearest` are the best (reference, score), the best first.
+    """
+
+    chosen: str | None
+    score: float | None
+    threshold: float | None
+    nearest: tuple[tuple[str, float], ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Mixture:
-    """The adapters of one request with their weights; no terms and no routing means the bare base."""
+    """The adapters of one request with their weights; no terms and no routing means the bare base.
+
+    `choice` tells how a prompt came to its terms, for the answer alone.
+    """
 
     terms: tuple[AdapterTerm, ...] = ()
     routing: Routing | None = None
+    choice: PromptChoice | None = None
 
     @property
     def salt(self) -> str:
@@ -125,6 +144,7 @@ class GenerationRequest:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     keep_logits: bool = False  # golden rows: the last prompt position's logits ride on `Finished`
+    embed: bool = False  # the prompt's embedding rides on `Finished`
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +182,7 @@ class Finished:
     cached_tokens: int
     stop_token_id: int | None = None
     logits: tuple[float, ...] | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from server.errors import StartupRefused
 from server.model.attention import AttentionPlan, Span
 from server.model.grafted import GraftedLinear
 from server.model.kv import KvCache
@@ -51,6 +53,7 @@ class BaseFacts:
 class Network:
     def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active) -> None:
         self._stock = stock
+        self._middle = decoder_layers(stock, len(facts.layers))[len(facts.layers) // 2]
         self._active = active
         self.facts = facts
 
@@ -66,6 +69,20 @@ class Network:
             graft_plan=batch.plan,
         )
         return out.logits[0].float()
+
+    def forward_with_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The logits of `forward`, and the hidden states (T, E) that enter the middle layer, in fp32."""
+        seen: list[Tensor] = []
+
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        watching = self._middle.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            logits_RV = self.forward(batch)
+        finally:
+            watching.remove()
+        return logits_RV, seen[0][0].float()
 
     @torch.inference_mode()
     def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int) -> Prefix:
@@ -95,6 +112,15 @@ class Network:
     def new_cache(self, blocks: int, block_size: int) -> KvCache:
         facts = self.facts
         return KvCache(facts.layers, blocks=blocks, block_size=block_size, dtype=facts.dtype, device=facts.device)
+
+
+def decoder_layers(stock: nn.Module, depth: int) -> nn.ModuleList:
+    """The base's own list of its layers: the outermost list of that length. Raises: StartupRefused."""
+    lists = [(name.count("."), name, module) for name, module in stock.named_modules() if type(module) is nn.ModuleList]
+    found = min(((dots, name, module) for dots, name, module in lists if len(module) == depth), default=None)
+    if found is None:
+        raise StartupRefused(f"the base has no list of its {depth} layers, so its hidden states cannot be read")
+    return found[2]
 
 
 def span_plan(cache: KvCache, chunks: Sequence[tuple[int, int, Sequence[int]]]) -> AttentionPlan:
