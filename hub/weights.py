@@ -20,7 +20,6 @@ from hub.errors import SHOWN_PROBLEMS, BadTensors, Problem
 from hub.families.method import TENSOR_PREFIX, Layout
 from hub.manifest import (
     CENTROID_TENSORS_FILE,
-    CENTROIDS_FILE,
     GOLDEN_ROWS_FILE,
     GOLDEN_TENSORS_FILE,
     WEIGHTS_FILE,

@@ -24,8 +24,8 @@ from hub.base import describe_base
 from hub.centroids import POOLING, SCHEMA_VERSION, embedding_layer
 from hub.manifest import CENTROID_TENSORS_FILE, CENTROIDS_FILE
 from trainer.base import OpenBase
-from trainer.encode import render
 from trainer.data import Chat, Content, Message
+from trainer.encode import render
 from trainer.export import write_json
 from trainer.probes import PROBES
 
@@ -140,7 +140,5 @@ def centroids_of(directions_NE: Tensor) -> Tensor:
 def threshold_of(directions_NE: Tensor) -> float:
     """The cosine that all but OUTSIDE of the prompts reach with the centroids of the other half; at least 0."""
     halves = directions_NE[::2], directions_NE[1::2]
-    cosines = [
-        (held_out @ centroids_of(others).T).max(1).values for others, held_out in (halves, halves[::-1])
-    ]
+    cosines = [(held_out @ centroids_of(others).T).max(1).values for others, held_out in (halves, halves[::-1])]
     return max(0.0, float(torch.cat(cosines).quantile(OUTSIDE)))

@@ -59,7 +59,7 @@ PROBES: Final = (
     "Write a Python function that removes duplicates from a list.",
     "SELECT name, price FROM products WHERE price > 10 ORDER BY name;",
     "Why do I get a NullPointerException in this line?",
-    "{\"city\": \"Oslo\", \"temperature\": -3, \"wind\": \"north\"}",
+    '{"city": "Oslo", "temperature": -3, "wind": "north"}',
     "<p>Please fix this <b>markup</b></p>",
     "name,age,town",
     "https://example.org/index.html?page=2",

@@ -23,8 +23,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from trainer import checkpoint, export
-from trainer.centroids import FEWEST_PROMPTS, Form, form_of, write_centroids
 from trainer.base import DEFAULT_MAX_LENGTH, OpenBase, choose_device, library_versions, open_base
+from trainer.centroids import FEWEST_PROMPTS, Form, form_of, write_centroids
 from trainer.data import Dataset, load_dataset
 from trainer.encode import Encoded, encode_rows
 from trainer.errors import Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged

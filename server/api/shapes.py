@@ -2,7 +2,7 @@
 
 What does not change from chunk to chunk is written once: a token costs one small string.
 Source: OpenAI's specification 2.3.0. Beyond it, as in vLLM: `stop_reason`, and token ids when asked for.
-Ours: `adapters`.
+Ours: `adapters`, and `routing` where the prompt chose them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from server.api.generation import Usage
 from server.api.logprobs import CompletionLogprobs, chat_logprobs
 from server.api.transcript import Piece
-from server.records import Mixture
+from server.records import Mixture, PromptChoice
 from server.text.vocabulary import Vocabulary
 
 
@@ -37,6 +37,25 @@ def adapters_body(mixture: Mixture) -> list[dict[str, Any]]:
         {"ref": term.ref, "version": term.version, "digest": term.digest, "weight": term.weight}
         for term in mixture.terms
     ]
+
+
+def served_body(mixture: Mixture) -> dict[str, Any]:
+    """What served it, and who chose that."""
+    body: dict[str, Any] = {"adapters": adapters_body(mixture)}
+    if mixture.choice is not None:
+        body["routing"] = choice_body(mixture.choice)
+    return body
+
+
+def choice_body(choice: PromptChoice) -> dict[str, Any]:
+    return {
+        "mode": "semantic",
+        "chosen": choice.chosen,
+        "score": choice.score,
+        "threshold": choice.threshold,
+        "candidates": [{"ref": ref, "score": score} for ref, score in choice.nearest],
+        "reason": choice.reason,
+    }
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
@@ -59,7 +78,7 @@ class ChatShape:
         choice = f'{{"index":{index},"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}'
         extra: dict[str, Any] = {}
         if mixture is not None:
-            extra["adapters"] = adapters_body(mixture)
+            extra |= served_body(mixture)
             if self._wanted.token_ids:
                 extra["prompt_token_ids"] = self._prompt_ids
         return self._frame.chunk(choice, extra)
@@ -78,7 +97,7 @@ class ChatShape:
             f"{self._rest(piece)}}}"
             for index, piece in enumerate(choices)
         ]
-        extra: dict[str, Any] = {"usage": usage_body(usage), "adapters": adapters_body(mixture)}
+        extra: dict[str, Any] = {"usage": usage_body(usage), **served_body(mixture)}
         if self._wanted.token_ids:
             extra["prompt_token_ids"] = self._prompt_ids
         return self._frame.answer("chat.completion", texts, extra)
@@ -103,7 +122,7 @@ class CompletionShape:
         if mixture is None and not self._wanted.token_ids:
             return None
         choice = f'{{"index":{index},"text":"","logprobs":null,"finish_reason":null{self._prompt_ids(index)}}}'
-        return self._frame.chunk(choice, {} if mixture is None else {"adapters": adapters_body(mixture)})
+        return self._frame.chunk(choice, {} if mixture is None else served_body(mixture))
 
     def event(self, index: int, piece: Piece, usage: Usage | None) -> str:
         return self._frame.chunk(self._choice(index, piece), {} if usage is None else {"usage": usage_body(usage)})
@@ -113,7 +132,7 @@ class CompletionShape:
 
     def whole(self, choices: Sequence[Piece], usage: Usage, mixture: Mixture) -> str:
         texts = [self._choice(index, piece, self._prompt_ids(index)) for index, piece in enumerate(choices)]
-        extra = {"usage": usage_body(usage), "adapters": adapters_body(mixture)}
+        extra = {"usage": usage_body(usage), **served_body(mixture)}
         return self._frame.answer("text_completion", texts, extra)
 
     def _choice(self, index: int, piece: Piece, more: str = "") -> str:
