@@ -17,6 +17,7 @@ Check = Callable[[Any], str | None]
 
 MAX_PATTERNS = 1024
 MAX_NAMES = 4096
+MAX_TOKENS = 1024
 
 INITIALISATIONS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 _TRANSFORMERS = re.compile(r"transformers\.models\.\w+\.modeling_\w+:\w+(?:ForCausalLM|LMHeadModel)", re.ASCII)
@@ -54,6 +55,14 @@ def optional_positive(value: Any) -> str | None:
 
 def optional_text(value: Any) -> str | None:
     return None if value is None or isinstance(value, str) else f"must be a text or null, not {shown(value)}"
+
+
+def optional_token_ids(value: Any) -> str | None:
+    if value is None or value == []:
+        return None
+    if isinstance(value, list) and len(value) <= MAX_TOKENS and all(type(item) is int and item >= 0 for item in value):
+        return None
+    return f"must be a list of at most {MAX_TOKENS} token ids or null, not {shown(value)}"
 
 
 def one_of(*allowed: Any) -> Check:

@@ -5,6 +5,18 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 Kind = Literal[
-    "lora", "adalora", "vera", "loha", "hra", "miss", "delora", "ia3", "beft", "prefix", "prompt", "p-tuning"
+    "lora",
+    "adalora",
+    "vera",
+    "loha",
+    "hra",
+    "miss",
+    "delora",
+    "ia3",
+    "beft",
+    "prefix",
+    "prompt",
+    "p-tuning",
+    "lora-moe",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)

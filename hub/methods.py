@@ -14,6 +14,7 @@ from hub.families.hra import HRA
 from hub.families.ia3 import IA3
 from hub.families.loha import LOHA
 from hub.families.lora import LORA
+from hub.families.lora_moe import LORA_MOE
 from hub.families.method import Complaint, Config, Method
 from hub.families.miss import MISS
 from hub.families.prompts import P_TUNING, PREFIX, PROMPT
@@ -22,7 +23,7 @@ from hub.ref import printable
 
 METHODS: Mapping[str, Method] = {
     method.peft_type: method
-    for method in (LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT, PREFIX, PROMPT, P_TUNING)
+    for method in (LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT, PREFIX, PROMPT, P_TUNING, LORA_MOE)
 }
 
 # Why a kind that people have is not in the table.

@@ -433,7 +433,7 @@ def _manifest(
         targets=layout.targets,
         parameters=sum(entry.elements for entry in weights.entries.values()),
         bytes=weights.size,
-        parents=tuple((recipe or {}).get("parents") or ()),
+        parents=tuple(dict.fromkeys([*((recipe or {}).get("parents") or ()), *method.parents(config)])),
         recipe=recipe,
         data_digest=((recipe or {}).get("data") or {}).get("digest"),
         metrics=findings.values.get(METRICS_FILE),

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.primitives.experts import Route
 from server.primitives.graft import Graft
+from server.primitives.prefix import Prefix
 from server.records import Event, GenerationRequest, Mixture, PromptChoice, RoutingOrder
 
 
@@ -19,6 +21,14 @@ class Lease(Protocol):
     @property
     def grafts(self) -> Sequence[tuple[Graft, float]]:
         """What the mixture is made of; for the engine alone."""
+
+    @property
+    def route(self) -> Route | None:
+        """How its tokens are routed, if they are; for the engine alone."""
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The virtual tokens of the whole mixture, one adapter's after the other's; for the engine alone."""
 
     @property
     def virtual_tokens(self) -> int:

@@ -17,7 +17,7 @@ from server.records import Mixture
 Outcome = Literal["completed", "cancelled", "refused", "failed"]
 
 MAX_ADAPTER_LABELS = 256
-BASE, MIXTURE, OTHER, UNRESOLVED = "base", "mixture", "other", "unresolved"
+BASE, MIXTURE, ROUTED, OTHER, UNRESOLVED = "base", "mixture", "routed", "other", "unresolved"
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6)
@@ -102,6 +102,8 @@ class Metrics:
         return Meter(self, self.adapter_label(mixture), arrived)
 
     def adapter_label(self, mixture: Mixture) -> str:
+        if mixture.routing is not None and mixture.routing.mode == "arrow":
+            return ROUTED
         if not mixture.terms:
             return BASE
         if len(mixture.terms) > 1:

@@ -6,7 +6,6 @@ as leased digests, and events leave as numbers. Text is made of them in `server.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +25,9 @@ class AdapterTerm:
     kind: str
     weight: float = 1.0
 
+
+# One token's experts: for every decoder layer (number among the request's experts, share), the largest first.
+RouteRow = tuple[tuple[tuple[int, float], ...], ...]
 
 RoutingMode = Literal["arrow", "gate", "semantic"]
 
@@ -58,11 +60,6 @@ class Routing:
     top_k: int
     temperature: float
 
-    @property
-    def salt(self) -> str:
-        digests = ",".join(sorted(expert.digest for expert in self.experts))
-        return f"{self.mode}({digests};{self.top_k};{self.temperature!r})"
-
 
 @dataclass(frozen=True, slots=True)
 class PromptChoice:
@@ -89,18 +86,6 @@ class Mixture:
     terms: tuple[AdapterTerm, ...] = ()
     routing: Routing | None = None
     choice: PromptChoice | None = None
-
-    @property
-    def salt(self) -> str:
-        """What every prefix-cache key of this mixture starts with: equal exactly when the deltas are equal.
-
-        Law: neither the order of the terms nor a term of weight zero changes the deltas, so neither changes the salt;
-        everything that changes a routed token's weights does.
-        """
-        parts = sorted(f"{term.digest}*{term.weight!r}" for term in self.terms if term.weight)
-        if self.routing is not None:
-            parts.append(self.routing.salt)
-        return hashlib.sha256("+".join(parts).encode()).hexdigest() if parts else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +128,7 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    return_routing: bool = False  # tell with every token which experts served the positions before it
     keep_logits: bool = False  # golden rows: the last prompt position's logits ride on `Finished`
     embed: bool = False  # the prompt's embedding rides on `Finished`
 
@@ -163,6 +149,7 @@ class Sampled:
     token_id: int
     score: TokenScore | None = None
     cached_tokens: int = 0  # as in `Finished`, for an answer that ends before it (a stop string)
+    routes: tuple[RouteRow, ...] = ()  # of the positions computed since the last event that told some
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +170,7 @@ class Finished:
     stop_token_id: int | None = None
     logits: tuple[float, ...] | None = None
     embedding: tuple[float, ...] | None = None
+    routes: tuple[RouteRow, ...] = ()  # as in `Sampled`
 
 
 @dataclass(frozen=True, slots=True)

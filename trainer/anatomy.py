@@ -11,6 +11,8 @@ class Anatomy:
     folder: Path
     architecture: str  # the class in transformers
     model_type: str
+    hidden_size: int | None
+    layers: int | None
     heads: int | None
     kv_heads: int | None
     head_dim: int | None

@@ -78,6 +78,8 @@ def read_anatomy(model: Any, folder: Path, tokenizer: Any) -> Anatomy:
         folder=folder,
         architecture=type(model).__name__,
         model_type=config.model_type,
+        hidden_size=hidden,
+        layers=getattr(config, "num_hidden_layers", None),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

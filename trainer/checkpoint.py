@@ -1,7 +1,8 @@
 """Checkpoints from which any method resumes exactly: each trained tensor, optimizer, schedule, step, generators.
 
 transformers' own checkpoints of a PEFT model hold the adapter as it is served, and PEFT refuses to train a
-prompt-learning adapter on from that (the network behind a p-tuning prompt is gone). Ours hold what is trained.
+prompt-learning adapter on from that (the network behind a p-tuning prompt is gone). Ours hold what is trained, and
+what a method remembers between steps.
 Law: a run that was stopped anywhere, kill -9 included, and resumed makes the same bytes as one that was not. A
 checkpoint counts once its `complete.json` holds the digest of every other file; before that it is passed over.
 """
@@ -17,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
 from trainer.errors import CheckpointCorrupt
+from trainer.tuner import Tuner
 
 TRAINED: Final = "trained.safetensors"
 COMPLETE: Final = "complete.json"
@@ -26,30 +28,32 @@ KEPT: Final = 2  # the newest may be half-written when the process dies
 class CheckpointingTrainer(SFTTrainer):
     """TRL's trainer, with our checkpoints in the place of transformers' and without its model card."""
 
+    tuner: Tuner  # set before it trains
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().clone() for name, value in trained(self.model).items()}, folder / TRAINED)
+        state = self.tuner.state(self.model)
+        save_file({name: value.detach().clone().contiguous() for name, value in state.items()}, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(self.model, Path(resume_from_checkpoint) / TRAINED)
+        load_trained(self.tuner.state(self.model), Path(resume_from_checkpoint) / TRAINED)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Never of what a parametrization holds: torch's orthogonal one reads signs off its diagonal, as integers."""
+        return [name for name in super().get_decay_parameter_names(model) if "parametrizations" not in name]
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
-def trained(model: Any) -> dict[str, Any]:
-    return {name: value for name, value in model.named_parameters() if value.requires_grad}
-
-
-def load_trained(model: Any, path: Path) -> None:
-    """Copy the tensors of a checkpoint into the model. Raises CheckpointCorrupt unless names and shapes agree."""
+def load_trained(wanted: Mapping[str, Any], path: Path) -> None:
+    """Copy a checkpoint's tensors into those of a model. Raises CheckpointCorrupt unless names and shapes agree."""
     saved: Mapping[str, Any] = load_file(path)
-    wanted = trained(model)
     misfits = sorted(saved.keys() ^ wanted.keys())
     misfits += [name for name in sorted(saved.keys() & wanted.keys()) if saved[name].shape != wanted[name].shape]
     if misfits:

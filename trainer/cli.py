@@ -18,7 +18,8 @@ import typer
 import yaml
 
 from trainer.errors import RecipeInvalid, TrainError
-from trainer.methods import METHODS, Method
+from trainer.method import Method
+from trainer.methods import METHODS
 from trainer.recipe import Recipe, parse_recipe, read_fields
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ likely: so one forward pass over question and answer decides what generation wou
 right only, where every kind of adapter is exact (padding on the left shifts positions under virtual tokens).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +17,9 @@ from trainer.encode import IGNORED, Encoded
 LOGITS_PER_BATCH: Final = 2**26  # floats: a quarter of a GB
 
 
+Collate = Callable[[Sequence[Encoded], int], dict[str, torch.Tensor]]  # rows and the padding token into a batch
+
+
 @dataclass(frozen=True)
 class Score:
     loss: float  # mean over the tokens that are learnt
@@ -24,12 +27,15 @@ class Score:
     rows: int
 
 
-def evaluate(model: Any, rows: Sequence[Encoded], *, pad: int, vocabulary: int) -> Score:
+def evaluate(
+    model: Any, rows: Sequence[Encoded], *, pad: int, vocabulary: int, collate: Collate | None = None
+) -> Score:
     """Score the model on rows, in evaluation mode. Shapes: B rows, T tokens, V vocabulary."""
+    collate = collate or pad_right
     total, tokens, exact = 0.0, 0, 0
     with torch.inference_mode():
         for batch in batches(rows, tokens_per_batch=LOGITS_PER_BATCH // vocabulary):
-            inputs = {name: tensor.to(model.device) for name, tensor in pad_right(batch, pad).items()}
+            inputs = {name: tensor.to(model.device) for name, tensor in collate(batch, pad).items()}
             labels_BT = inputs.pop("labels")[:, 1:]
             length = inputs["input_ids"].shape[1]
             logits_BTV = model(**inputs).logits[:, -length:-1].float()  # virtual tokens may stand before

@@ -1,6 +1,7 @@
 """A trained adapter as a folder in PEFT's format, with what it was made of, how good it is and what it must answer.
 
-Measured is the folder itself: PEFT loads it on a fresh base, as a user would, and those logits are the golden rows.
+Measured is the folder itself: PEFT, or our module, loads it on a fresh base, as a user would, and those logits are the
+golden rows.
 Nothing in it depends on when or where it was made: no time, no path of this machine, every list in order.
 Law: the same recipe on the same machine gives the same bytes; a crash leaves either no folder or a whole one.
 """
@@ -14,45 +15,35 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 
 from trainer.base import OpenBase
 from trainer.card import write_card
 from trainer.encode import Encoded
-from trainer.evaluate import evaluate
+from trainer.evaluate import Collate, Score, evaluate
+from trainer.modules.attach import attach
 
 GOLDEN_ROWS: Final = 4
 GOLDEN_TOKENS: Final = 512  # a longer prompt makes no better witness
 SCHEMA_VERSION: Final = 1
 
 
-def write_adapter(model: Any, folder: Path, base_name: str) -> None:
-    """Save what PEFT saves, with the base by the name that the user gave and every list in order."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_name
-    if config.get("tokenizer_name_or_path") is not None:
-        config["tokenizer_name_or_path"] = base_name
-    for field in ("target_modules", "feedforward_modules"):  # PEFT writes them in the order of a set
-        if isinstance(config.get(field), list):
-            config[field] = sorted(config[field])
-    write_json(path, config)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; ours is written when there is something to say
-
-
 def load_adapter(folder: Path, base: OpenBase, device: torch.device) -> Any:
-    return PeftModel.from_pretrained(base.load_weights(device), str(folder)).eval()
+    return attach(base.load_weights(device), folder)
 
 
-def measure(model: Any, base: OpenBase, train: Sequence[Encoded], held_out: Sequence[Encoded]) -> dict[str, float]:
+def measure(
+    model: Any, base: OpenBase, train: Sequence[Encoded], held_out: Sequence[Encoded], collate: Collate
+) -> dict[str, float]:
     """Score the adapter on held-out and on trained rows, and the bare base on the held-out ones."""
-    sizes = {"pad": base.pad, "vocabulary": model.config.get_text_config().vocab_size}
-    seen = evaluate(model, train[: len(held_out)], **sizes)
-    unseen = evaluate(model, held_out, **sizes)
+
+    def score(rows: Sequence[Encoded]) -> Score:
+        vocabulary = model.config.get_text_config().vocab_size
+        return evaluate(model, rows, pad=base.pad, vocabulary=vocabulary, collate=collate)
+
+    seen, unseen = score(train[: len(held_out)]), score(held_out)
     with model.disable_adapter():
-        bare = evaluate(model, held_out, **sizes)
+        bare = score(held_out)
     return {
         "train_loss": seen.loss,
         "train_exact_match": seen.exact_match,

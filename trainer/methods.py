@@ -1,44 +1,23 @@
 """The methods that `hub train` knows, one entry each in METHODS, under the names that the hub gives their kinds.
 
-An entry holds the options a user may set, the PEFT config they become on a base, and what the method cannot do there.
-To add a method: an options model, a function that builds its PEFT config, one that lists its problems, one entry.
+An entry holds the options a user may set, the config they become on a base, and what the method cannot do there.
+To add a method: an options model, a function that builds its config, one that lists its problems, one entry.
 Imports PEFT only where a config is built: listing and validating need no torch.
 
 Law: whatever `problems` lets through, PEFT trains; whatever it lists was refused before any weight was read.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from __future__ import annotations
+
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from trainer.anatomy import Anatomy, names
-
-
-class Options(BaseModel):
-    """What a user may set of one method; each subclass is one method's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a method must know of the run beside its options."""
-
-    max_length: int
-    gradient_checkpointing: bool
-
-
-@dataclass(frozen=True)
-class Method:
-    name: str
-    summary: str
-    options: type[Options]
-    learning_rate: float  # the default, where the recipe gives none
-    config: Callable[[Any, Anatomy], Any]  # (options, anatomy) -> peft.PeftConfig
-    problems: Callable[[Any, Anatomy, Plan], list[str]]
+from trainer.anatomy import Anatomy
+from trainer.families.edits import BOTTLENECK, LOREFT
+from trainer.families.sparse import DIFF_PRUNING, LT_SFT
+from trainer.method import Method, Options, Plan, unknown_targets
 
 
 class LoraOptions(Options):
@@ -61,7 +40,7 @@ class Ia3Options(Options):
     )
 
     @model_validator(mode="after")
-    def feedforward_is_among_targets(self) -> "Ia3Options":
+    def feedforward_is_among_targets(self) -> Ia3Options:
         if self.feedforward is not None and self.targets is None:
             raise ValueError("feedforward needs targets")
         strangers = sorted(set(self.feedforward or ()) - set(self.targets or ()))
@@ -80,7 +59,7 @@ class PrefixOptions(VirtualTokens):
     projection_size: int | None = Field(None, ge=1, description="width of that MLP; default: the width of the keys")
 
     @model_validator(mode="after")
-    def size_needs_projection(self) -> "PrefixOptions":
+    def size_needs_projection(self) -> PrefixOptions:
         if self.projection_size is not None and not self.projection:
             raise ValueError("projection_size needs projection: true")
         return self
@@ -93,7 +72,7 @@ class PromptOptions(VirtualTokens):
     init_text: str | None = Field(None, min_length=1, description="the text whose embeddings are the first values")
 
     @model_validator(mode="after")
-    def text_and_its_init_go_together(self) -> "PromptOptions":
+    def text_and_its_init_go_together(self) -> PromptOptions:
         if (self.init == "text") != (self.init_text is not None):
             raise ValueError("init: text and init_text go together")
         return self
@@ -109,7 +88,7 @@ class PTuningOptions(VirtualTokens):
     lstm_only: ClassVar[tuple[str, ...]] = ("encoder_layers", "encoder_dropout")
 
     @model_validator(mode="after")
-    def an_mlp_has_fixed_layers(self) -> "PTuningOptions":
+    def an_mlp_has_fixed_layers(self) -> PTuningOptions:
         given = [name for name in self.lstm_only if name in self.model_fields_set and getattr(self, name)]
         if self.encoder == "mlp" and given:
             raise ValueError(f"{', '.join(given)}: only with encoder: lstm")
@@ -261,20 +240,6 @@ def too_long(options: VirtualTokens, anatomy: Anatomy, plan: Plan) -> list[str]:
     ]
 
 
-def unknown_targets(targets: Iterable[str], anatomy: Anatomy) -> list[str]:
-    problems = []
-    for target in targets:
-        if names(target, anatomy.head):
-            problems.append(f"target {target} is the output head, which training computes outside its module")
-        elif not anatomy.has_linear(target):
-            near = get_close_matches(target, anatomy.linear_names, n=1)
-            hint = f" (nearest: {near[0]})" if near else ""
-            problems.append(
-                f"target {target} is not in the base{hint}; its linear modules: {', '.join(anatomy.linear_names)}"
-            )
-    return problems
-
-
 METHODS: Final[Mapping[str, Method]] = {
     method.name: method
     for method in (
@@ -303,5 +268,9 @@ METHODS: Final[Mapping[str, Method]] = {
             "prompt tuning through a small network, which is folded in at export",
             PTuningOptions, 1e-3, p_tuning_config, p_tuning_problems,
         ),
+        BOTTLENECK,
+        LOREFT,
+        LT_SFT,
+        DIFF_PRUNING,
     )
 }  # fmt: skip

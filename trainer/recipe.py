@@ -15,7 +15,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from trainer.errors import RecipeInvalid
-from trainer.methods import METHODS, Method, Options
+from trainer.method import Method, Options
+from trainer.methods import METHODS
 
 SCHEMA_VERSION: Final = 1
 DEFAULT_EPOCHS: Final = 3.0

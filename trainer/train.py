@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any, Final, Literal
 
 import torch
 from datasets import Dataset as Table
-from peft import get_peft_model
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
@@ -28,15 +27,16 @@ from trainer.centroids import FEWEST_PROMPTS, Form, form_of, write_centroids
 from trainer.data import Dataset, load_dataset
 from trainer.encode import Encoded, encode_rows
 from trainer.errors import Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged
-from trainer.evaluate import pad_right
-from trainer.methods import Plan
+from trainer.method import Plan
 from trainer.order import order
 from trainer.progress import SILENT, Reporter, Step
 from trainer.recipe import Recipe, changes, method_of, record
+from trainer.tuner import Batches, Tuner, no_batches
 
 Existing = Literal["refuse", "resume", "overwrite"]
 Device = Literal["auto", "cpu", "cuda"]
 RECORD: Final = "recipe.json"
+BATCHES_READ: Final = 16  # by what is initialised from data
 LOSSES_SHOWN: Final = 50  # times in a run that the loss is averaged and shown
 
 
@@ -96,8 +96,8 @@ def train(
     lesson = prepare(recipe, dataset, base, plan, report)
     settled = settle(recipe, dataset, plan, lesson.steps)
     start = open_work(work, settled, workshop.existing)
-    model = adapted(settled, base, device)
-    parameters = sum(value.numel() for value in checkpoint.trained(model).values())
+    model = adapted(settled, base, device, lambda: first_batches(settled, lesson, base, device))
+    parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
     report.note(summary(settled, lesson, parameters, device, start))
     began = time.perf_counter()
     run_steps(model, settled, lesson, base, work, start, workshop, device, report, stop or Event())
@@ -173,10 +173,15 @@ def prepare(recipe: Recipe, dataset: Dataset, base: OpenBase, plan: Plan, report
 def settle(recipe: Recipe, dataset: Dataset, plan: Plan, steps: int) -> Recipe:
     """Replace what the recipe left open by what it came to, so that the record trains the same adapter again."""
     given_eval = recipe.eval_data is not None
+    try:
+        options = method_of(recipe).settled(recipe.options, steps)
+    except ValueError as error:
+        raise MethodUnfit(recipe.method, recipe.base, [str(error)]) from None
     return recipe.model_copy(
         update={
             "data": dataset.train.source,
             "eval_data": dataset.held_out.source if given_eval else None,
+            "options": options,
             "steps": steps,
             "epochs": None,
             "max_length": plan.max_length,
@@ -201,11 +206,23 @@ def open_work(work: Path, recipe: Recipe, existing: Existing) -> Path | None:
     return start
 
 
-def adapted(recipe: Recipe, base: OpenBase, device: torch.device) -> Any:
+def adapted(recipe: Recipe, base: OpenBase, device: torch.device, batches: Batches = no_batches) -> Any:
     """Load the base and put an untrained adapter on it."""
     model = base.load_weights(device)
     set_seed(recipe.seed)
-    return get_peft_model(model, method_of(recipe).config(recipe.options, base.anatomy))
+    method = method_of(recipe)
+    config = method.config(recipe.options, base.anatomy)
+    return method.tuner().attach(model, config, batches)
+
+
+def first_batches(
+    recipe: Recipe, lesson: Lesson, base: OpenBase, device: torch.device
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The batches of the first steps, in their order."""
+    collate, size = method_of(recipe).tuner().collate, recipe.batch_size
+    for start in range(0, min(len(lesson.order), size * BATCHES_READ), size):
+        rows = [lesson.train[row] for row in lesson.order[start : start + size]]
+        yield {name: tensor.to(device) for name, tensor in collate(rows, base.pad).items()}
 
 
 def summary(recipe: Recipe, lesson: Lesson, parameters: int, device: torch.device, start: Path | None) -> str:
@@ -229,14 +246,16 @@ def run_steps(
     stop: Event,
 ) -> None:
     """Run TRL over the lesson, from the checkpoint on. Raises Interrupted, Diverged."""
+    tuner = method_of(recipe).tuner()
     trainer = checkpoint.CheckpointingTrainer(
         model=model,
         args=arguments(recipe, lesson, work, workshop.checkpoint_steps, device),
-        data_collator=lambda items: pad_right([lesson.train[item["row"]] for item in items], base.pad),
+        data_collator=lambda items: tuner.collate([lesson.train[item["row"]] for item in items], base.pad),
         train_dataset=Table.from_dict({"row": list(lesson.order)}),
         processing_class=base.tokenizer,
-        callbacks=[Watch(lesson, recipe, report, stop)],
+        callbacks=[Watch(lesson, recipe, report, stop), Steps(tuner)],
     )
+    trainer.tuner = tuner
     trainer.remove_callback(PrinterCallback)
     model.train()
     trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -316,6 +335,19 @@ class Watch(TrainerCallback):
             raise Diverged(state.global_step, self._loss, self._recipe.learning_rate)
 
 
+class Steps(TrainerCallback):
+    """Tells the method what it may have to do around a step of the optimizer."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        self._tuner = tuner
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tuner.before_step(kwargs["model"])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tuner.after_step(kwargs["model"], kwargs["optimizer"], state.global_step + 1)
+
+
 def finish(
     model: Any,
     recipe: Recipe,
@@ -330,9 +362,10 @@ def finish(
     staging = work / "export"
     shutil.rmtree(staging, ignore_errors=True)  # of a process that died here
     staging.mkdir()
-    export.write_adapter(model, staging, recipe.base)
+    tuner = method_of(recipe).tuner()
+    tuner.save(model, staging, recipe.base)
     loaded = export.load_adapter(staging, base, device)
-    metrics = export.measure(loaded, base, lesson.train, lesson.held_out)
+    metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
     export.write_golden(loaded, staging, base, lesson.held_out)
     if not write_centroids(loaded, staging, base, [row.prompt for row in lesson.train], lesson.form):
         report.note(f"fewer than {FEWEST_PROMPTS} different prompts: no centroids, so model auto will not choose it")

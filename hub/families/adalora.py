@@ -60,6 +60,7 @@ FIELDS: Mapping[str, Field] = {
     "total_step": INERT,
     # Neutral: options of LoRA that AdaLoRA would pass over.
     "use_dora": Field(fields.neutral(False, why="AdaLoRA has no DoRA")),
+    "alora_invocation_tokens": Field(fields.neutral(None, [], why="AdaLoRA is never activated")),
     "use_rslora": Field(fields.neutral(False, why="AdaLoRA scales by init_r")),
     "lora_bias": Field(fields.neutral(False, why="AdaLoRA has none")),
     "alpha_pattern": Field(fields.neutral({}, None, why="AdaLoRA has one alpha")),

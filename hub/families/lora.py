@@ -1,4 +1,4 @@
-"""LoRA and its options: rsLoRA, DoRA, ranks and alphas by pattern, biases.
+"""LoRA and its options: rsLoRA, DoRA, activated LoRA, ranks and alphas by pattern, biases.
 
 Source: peft 0.21.2, tuners/lora/config.py and layer.py.
 """
@@ -6,6 +6,7 @@ Source: peft 0.21.2, tuners/lora/config.py and layer.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hub import fields
 from hub.base import Base, Linear, Modules
@@ -32,7 +33,6 @@ SHARED: Mapping[str, Field] = {
     "trainable_token_indices": Field(fields.neutral(None, [], {}, why="it replaces rows of the base's embedding")),
     "target_parameters": Field(fields.neutral(None, [], why="it adapts bare parameters, such as fused experts")),
     "layer_replication": Field(fields.neutral(None, [], why="it changes the network")),
-    "alora_invocation_tokens": Field(fields.neutral(None, [], why="activated LoRA")),
     "arrow_config": Field(fields.neutral(None, why="it routes between adapters")),
     "kasa_config": Field(fields.neutral(None, why="KaSA truncates the base's weights")),
     "velora_config": Field(fields.neutral(None, why="VeLoRA")),
@@ -51,7 +51,10 @@ FIELDS: Mapping[str, Field] = {
     "alpha_pattern": Field(fields.patterns_of(fields.number)),
     "use_dora": Field(fields.boolean, shapes_tensors=True),
     "lora_bias": Field(fields.boolean, shapes_tensors=True),
+    "alora_invocation_tokens": Field(fields.optional_token_ids, shapes_tensors=True),
 }
+# An activated LoRA leaves the tokens before its invocation to the base, and these would change them.
+NOT_ACTIVATED = ("use_dora", "bias")
 
 
 def _part(config: Config, module: str, linear: Linear) -> Part:
@@ -68,14 +71,31 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
 
 
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part)
+    layout = linear_layout(config, base, modules, part=_part)
+    strange = [token for token in config.get("alora_invocation_tokens") or [] if token >= base.vocab_size]
+    if not strange:
+        return layout
+    complaint = (
+        "alora_invocation_tokens",
+        f"token {strange[0]} is not in the base's vocabulary of {base.vocab_size}",
+    )
+    return replace(layout, complaints=(*layout.complaints, complaint))
 
 
 def _contradictions(config: Config) -> list[Complaint]:
-    if config.get("use_dora") is not True:
-        return []
-    without = {"lora_bias": True, "init_lora_weights": "mica"}
-    return [(key, "cannot stand beside use_dora") for key, value in without.items() if config.get(key) == value]
+    complaints = []
+    if config.get("use_dora") is True:
+        without = {"lora_bias": True, "init_lora_weights": "mica"}
+        complaints += [
+            (key, "cannot stand beside use_dora") for key, value in without.items() if config.get(key) == value
+        ]
+    if config.get("alora_invocation_tokens"):
+        complaints += [
+            (key, "cannot stand beside alora_invocation_tokens")
+            for key in NOT_ACTIVATED
+            if config.get(key, "none") not in ("none", False, None)
+        ]
+    return complaints
 
 
 LORA = Method(

@@ -53,12 +53,17 @@ def no_contradictions(config: Config) -> Iterable[Complaint]:
     return ()
 
 
+def no_parents(config: Config) -> Iterable[str]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One kind of adapter.
 
     `ranks` are the ranks that a config asks for, by key, as they are served; `contradictions` are combinations of keys
-    that PEFT itself refuses to load. Both must take a config that has other complaints.
+    that PEFT itself refuses to load. Both must take a config that has other complaints. `parents` are the digests of
+    the adapters without which this one is nothing.
     """
 
     kind: Kind
@@ -68,6 +73,7 @@ class Method:
     layout: Callable[[Config, Base, Modules], Layout]
     ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks
     contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions
+    parents: Callable[[Config], Iterable[str]] = no_parents
 
 
 INERT = Field(fields.anything)

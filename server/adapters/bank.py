@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from server.adapters.expert_bank import ExpertBank
 from server.primitives.graft import Graft
 from server.primitives.site import SiteOperand, SiteValue, pack_site
 
@@ -17,6 +18,7 @@ class Bank:
     def __init__(self) -> None:
         self._grafts: dict[str, Graft] = {}
         self.operands: Mapping[str, SiteOperand] = {}
+        self.experts = ExpertBank()
 
     @property
     def size(self) -> int:

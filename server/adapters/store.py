@@ -16,7 +16,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -26,7 +26,7 @@ from torch import Tensor
 from server.adapters import golden
 from server.adapters.catalogue import Catalogue
 from server.adapters.lowering.table import lower
-from server.adapters.lowering.target import Target
+from server.adapters.lowering.target import Lowered, Target
 from server.adapters.semantic import Candidate, rank, tell
 from server.adapters.source import Artifact, Forgotten, Happened, Listed, Resolution, Source
 from server.config import AdapterConfig
@@ -39,35 +39,52 @@ from server.errors import (
     ModelNotFound,
     ServerError,
     Unavailable,
-    UnsupportedParameter,
 )
 from server.metrics import Metrics
-from server.primitives.graft import Graft, check_mixture
+from server.primitives.experts import Expert, Route, make_prototypes, why_no_expert
+from server.primitives.graft import Graft, check_mixture, combined, prefixed
 from server.primitives.prefix import Prefix
-from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, PromptChoice, RoutingOrder
+from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, PromptChoice, Routing, RoutingOrder
 
 log = logging.getLogger(__name__)
 
 ROOM_TIMEOUT_S = 30.0
+DEFAULT_TOP_K = 2
 RECONNECT_S = 0.25
 
 
 class Workshop(Protocol):
     """What the store needs of the engine to finish and to try a graft."""
 
-    async def compile(self, embeddings: Tensor) -> Prefix: ...
+    async def compile(self, embeddings: Tensor, *, after: Prefix | None = None) -> Prefix: ...
 
-    async def probe(self, graft: Graft, prompt_ids: Sequence[int]) -> Tensor: ...
+    async def probe(self, graft: Graft, prompt_ids: Sequence[int], *, route: Route | None) -> Tensor: ...
 
 
 @dataclass(slots=True)
 class Resident:
+    """`experts` are those of a router, in the order of its rows, each leased for as long as the router is here."""
+
     resolution: Resolution
     kind: str
     rank: int | None
     graft: Graft
     leases: int = 0
     pinned: bool = False
+    experts: tuple[Resident, ...] = ()
+    prototypes: Mapping[str, Tensor] | None = None  # made when arrow first asks for them
+
+    @property
+    def bytes(self) -> int:
+        return self.graft.bytes + sum(one.nbytes for one in (self.prototypes or {}).values())
+
+
+@dataclass(slots=True)
+class Join:
+    """The prefix of a mixture of several adapters that bring virtual tokens, and how many requests hold it."""
+
+    prefix: Prefix
+    leases: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +96,38 @@ class Pointer:
 
 
 class HeldLease:
-    def __init__(self, store: AdapterStore, mixture: Mixture, held: Sequence[tuple[Resident, float]]) -> None:
+    def __init__(
+        self,
+        store: AdapterStore,
+        mixture: Mixture,
+        held: Sequence[tuple[Resident, float]],
+        join: Join | None,
+        route: Route | None = None,
+    ) -> None:
+        """A weight of zero holds a graft that is no term of the mixture: an expert."""
         self.mixture = mixture
-        self.grafts = tuple((resident.graft, weight) for resident, weight in held)
+        self.grafts = _grafts(held)
+        self.route = route
         self._store = store
         self._held: Sequence[tuple[Resident, float]] = held
+        self._join = join
+
+    @property
+    def prefix(self) -> Prefix | None:
+        if self._join is not None:
+            return self._join.prefix
+        return next((graft.prefix for graft in prefixed(self.grafts)), None)
 
     @property
     def virtual_tokens(self) -> int:
-        return sum(graft.virtual_tokens for graft, weight in self.grafts if weight)
+        return sum(graft.virtual_tokens for graft in prefixed(self.grafts))
 
     def release(self) -> None:
         held, self._held = self._held, ()
         for resident, _ in held:
             self._store.release(resident)
+        if held and self._join is not None:
+            self._store.release(self._join)
 
 
 class AdapterStore:
@@ -114,6 +149,7 @@ class AdapterStore:
         self._golden_limit = golden.limit(target.dtype, quantized=quantized)
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._loading: dict[str, tuple[Resolution, asyncio.Task[Resident]]] = {}
+        self._joins: OrderedDict[tuple[str, ...], Join] = OrderedDict()  # least recently used first
         self._failed: dict[str, tuple[Resolution, ServerError]] = {}
         self._pointers: dict[tuple[str, str], Pointer] = {}
         self._named: dict[str, str] = {}  # names given by load_lora_adapter
@@ -124,23 +160,24 @@ class AdapterStore:
         self._background: set[asyncio.Task[None]] = set()
 
     async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
-        if routing is not None:
-            raise UnsupportedParameter(f"routing.mode {routing.mode} is not supported yet", param="routing.mode")
         held: list[tuple[Resident, float]] = []
         described = []
         try:
             for text, weight in self._combined(terms):
                 resident, resolution = await self._hold(text)
                 held.append((resident, weight))
-                described.append(
-                    AdapterTerm(text, resolution.name, resolution.version, resolution.digest, resident.kind, weight)
-                )
-            check_mixture([(resident.graft, weight) for resident, weight in held])
+                described.append(_term(text, resolution, resident, weight))
+            routed = await self._routed(held, routing)
+            grafts = _grafts(held)
+            check_mixture(grafts)
+            join = await self._joined(prefixed(grafts))
         except BaseException:
             for resident, _ in held:
                 self.release(resident)
             raise
-        return HeldLease(self, Mixture(tuple(described)), held)
+        if routed is None:
+            return HeldLease(self, Mixture(tuple(described)), held, join)
+        return HeldLease(self, Mixture(tuple(described), routed[0]), held, join, routed[1])
 
     async def nearest(self, candidates: Sequence[str], embed: Embed) -> PromptChoice:
         found = [await self._named_candidate(text) for text in candidates] if candidates else await self._candidates()
@@ -197,10 +234,92 @@ class AdapterStore:
         pointer = self._pointers.get(key) if key else None
         return pointer.serving if pointer else await asyncio.to_thread(self._source.resolve, reference)
 
-    def release(self, resident: Resident) -> None:
-        resident.leases -= 1
-        assert resident.leases >= 0, f"{resident.resolution.label} was released twice"
-        if resident.leases == 0:
+    async def _routed(
+        self, held: list[tuple[Resident, float]], order: RoutingOrder | None
+    ) -> tuple[Routing, Route] | None:
+        """How a mixture is routed, if it is; what that holds besides is put to `held`, at weight zero."""
+        router = next((resident for resident, _ in held if resident.graft.router is not None), None)
+        if order is None and router is None:
+            return None
+        if order is None or order.mode == "gate":
+            return await self._by_gate(router, held, order or RoutingOrder("gate"))
+        assert order.mode == "arrow", "semantic routing has become terms before this"
+        if held:
+            raise InvalidValue("routing.mode arrow stands beside no mixture", param="routing")
+        return await self._by_arrow(held, order)
+
+    async def _by_gate(
+        self, router: Resident | None, held: Sequence[tuple[Resident, float]], order: RoutingOrder
+    ) -> tuple[Routing, Route]:
+        if router is None or router.graft.router is None:
+            label = held[0][0].resolution.label if held else "the base"
+            raise InvalidValue(f"routing.mode gate needs a router as model, {label} is none", param="model")
+        label = router.resolution.label
+        if len(held) > 1 or held[0][1] != 1:
+            raise MixtureRefused(f"{label} is a router: it is served alone and at weight 1")
+        named = {one.resolution.label: one for one in router.experts}
+        if order.candidates:
+            named = {text: await self._expert_of(router, text) for text in order.candidates}
+        self._check_candidates([one.resolution for one in named.values()])
+        experts = tuple(_term(text, one.resolution, one, 1.0) for text, one in named.items())
+        top_k = _top_k(order, default=router.graft.router.top_k, candidates=len(experts))
+        routing = Routing("gate", experts, top_k, 1.0 if order.temperature is None else order.temperature)
+        grafts = tuple(Expert(one.graft) for one in named.values())
+        return routing, Route(grafts, top_k, routing.temperature, router.graft)
+
+    async def _expert_of(self, router: Resident, text: str) -> Resident:
+        """The expert of a router that a candidate means. Raises: InvalidValue, ModelNotFound."""
+        resolution = await self._resolved(text)
+        found = next((one for one in router.experts if one.resolution.digest == resolution.digest), None)
+        if found is None:
+            known = ", ".join(one.resolution.label for one in router.experts)
+            raise InvalidValue(
+                f"{resolution.label} is no expert of {router.resolution.label}, which has {known}",
+                param="routing.candidates",
+            )
+        return found
+
+    def _check_candidates(self, candidates: Sequence[Resolution]) -> None:
+        limit = self._config.max_terms
+        if len(candidates) > limit:
+            raise MixtureRefused(f"{len(candidates)} candidates are above the limit of {limit} adapters")
+        labels: dict[str, str] = {}
+        for one in candidates:
+            if one.digest in labels:
+                raise InvalidValue(
+                    f"candidates {labels[one.digest]} and {one.label} are the same version", param="routing.candidates"
+                )
+            labels[one.digest] = one.label
+
+    async def _by_arrow(self, held: list[tuple[Resident, float]], order: RoutingOrder) -> tuple[Routing, Route]:
+        found = [(text, await self._resolved(text)) for text in order.candidates]
+        self._check_candidates([resolution for _, resolution in found])
+        experts, grafts = list[AdapterTerm](), list[Expert]()
+        for text, _ in found:
+            resident, resolution = await self._hold(text)
+            held.append((resident, 0.0))
+            reason = why_no_expert(resident.graft, self._target.decoder_layers)
+            if reason is not None:
+                raise MixtureRefused(f"routing.mode arrow: {reason}", param="routing.candidates")
+            experts.append(_term(text, resolution, resident, 1.0))
+            grafts.append(Expert(resident.graft, await self._prototypes(resident)))
+        top_k = _top_k(order, default=DEFAULT_TOP_K, candidates=len(experts))
+        routing = Routing("arrow", tuple(experts), top_k, 1.0 if order.temperature is None else order.temperature)
+        return routing, Route(tuple(grafts), top_k, routing.temperature)
+
+    async def _prototypes(self, resident: Resident) -> Mapping[str, Tensor]:
+        """Made once for a resident adapter, beside the loop; the caller holds it."""
+        if resident.prototypes is None:
+            made = await asyncio.to_thread(make_prototypes, resident.graft)
+            if resident.prototypes is None:
+                await self._make_room(sum(one.nbytes for one in made.values()), resident.resolution.label)
+                resident.prototypes = made
+        return resident.prototypes
+
+    def release(self, held: Resident | Join) -> None:
+        held.leases -= 1
+        assert held.leases >= 0, f"{held} was released twice"
+        if held.leases == 0:
             self._room.set()
 
     def given_names(self) -> Collection[str]:
@@ -323,6 +442,41 @@ class AdapterStore:
             log.warning("the hub is away, serving goes on with what is here: %s", error.message)
             self._hub = HubStatus(False, self._hub.seen, time.time())
 
+    async def _joined(self, grafts: Sequence[Graft]) -> Join | None:
+        """The virtual tokens of several adapters in the order written, leased once; None when one or none has any.
+
+        Keys and values that were trained stand as they are. Embeddings run through the bare base behind what stands
+        before them, as if the mixture's soft prompts had been written one after the other.
+        """
+        if len(grafts) < 2:
+            return None
+        length = sum(graft.virtual_tokens for graft in grafts)
+        if length > self._target.max_virtual:
+            labels = " and ".join(graft.label for graft in grafts)
+            raise MixtureRefused(f"{labels} have {length} virtual tokens, the limit is {self._target.max_virtual}")
+        key = tuple(graft.digest for graft in grafts)
+        join = self._joins.get(key)
+        if join is None:
+            prefix = await self._append(grafts)
+            await self._make_room(prefix.bytes, " and ".join(graft.label for graft in grafts))
+            join = self._joins.setdefault(key, Join(prefix))
+        join.leases += 1
+        self._joins.move_to_end(key)
+        return join
+
+    async def _append(self, grafts: Sequence[Graft]) -> Prefix:
+        prefix = grafts[0].prefix
+        assert prefix is not None, "only adapters with virtual tokens are joined"
+        for graft in grafts[1:]:
+            own = graft.prefix
+            if graft.soft_prompt_VE is not None:
+                own = await self._workshop.compile(graft.soft_prompt_VE, after=prefix)
+                if not own.finite:
+                    raise MixtureRefused(f"the soft prompt of {graft.label} overflows behind {grafts[0].label}")
+            assert own is not None, "only adapters with virtual tokens are joined"
+            prefix = prefix.then(own)
+        return prefix
+
     def _combined(self, terms: Sequence[tuple[str, float]]) -> Sequence[tuple[str, float]]:
         """The same reference twice is one adapter with the sum of the weights."""
         if len(terms) > self._config.max_terms:
@@ -336,15 +490,8 @@ class AdapterStore:
 
     async def _hold(self, text: str) -> tuple[Resident, Resolution]:
         """Resolve, load if absent, lease."""
-        reference = self._named.get(text, text)
-        key = self._source.pointer(reference)
-        pointer = self._pointers.get(key) if key else None
-        if key and pointer and pointer.pending:
-            pointer = await self._advance(key, pointer)
-        if pointer:
-            resolution = pointer.serving
-        else:
-            resolution = await asyncio.to_thread(self._source.resolve, reference)
+        key = self._source.pointer(self._named.get(text, text))
+        resolution = await self._resolved(text)
         try:
             resident = await self._ensure(resolution)
         except (AdapterIncompatible, AdapterUnavailable) as error:
@@ -354,6 +501,15 @@ class AdapterStore:
         if key and key not in self._pointers:
             self._pointers[key] = Pointer(resolution)
         return resident, resolution
+
+    async def _resolved(self, text: str) -> Resolution:
+        """What a reference means here now; an alias that has moved is tried first."""
+        reference = self._named.get(text, text)
+        key = self._source.pointer(reference)
+        pointer = self._pointers.get(key) if key else None
+        if key and pointer and pointer.pending:
+            pointer = await self._advance(key, pointer)
+        return pointer.serving if pointer else await asyncio.to_thread(self._source.resolve, reference)
 
     async def _ensure_earlier(self, key: tuple[str, str], error: ServerError) -> tuple[Resident, Resolution]:
         """What an alias serves when its version fails and none before it is at work here: where the alias was before.
@@ -378,19 +534,20 @@ class AdapterStore:
                 self._loading[digest] = (resolution, asyncio.create_task(self._load(resolution)))
             # Shielded: when the one who asked first goes away, the others still wait for it.
             resident = await asyncio.shield(self._loading[digest][1])
+        if digest not in self._resident and resident.experts:
+            return await self._ensure(resolution)  # evicted between the end of its loading and now, its experts let go
         resident.leases += 1
         if digest in self._resident:
             self._resident.move_to_end(digest)
-        else:  # evicted between the end of its loading and now
-            await self._make_room(resident.graft)
+        else:  # evicted likewise
+            await self._make_room(resident.bytes, resolution.label)
             self._resident[digest] = resident
         return resident
 
     async def _load(self, resolution: Resolution) -> Resident:
         started = time.perf_counter()
         try:
-            async with self._load_slots:
-                resident = await self._make(resolution)
+            resident = await self._make(resolution)
         except (AdapterIncompatible, AdapterUnavailable) as error:
             # Remembered, for the bytes of a digest never change; only what the disk did may be better next time.
             if not isinstance(error.__cause__, Exception):
@@ -407,42 +564,90 @@ class AdapterStore:
         return resident
 
     async def _make(self, resolution: Resolution) -> Resident:
-        artifact = await asyncio.to_thread(self._source.fetch, resolution)
+        async with self._load_slots:
+            artifact = await asyncio.to_thread(self._source.fetch, resolution)
+            try:
+                lowered = await asyncio.to_thread(lower, artifact.kind, artifact.config, artifact.tensors, self._target)
+            except AdapterIncompatible as error:
+                raise AdapterIncompatible(f"{resolution.label}: {error.message}", param="model") from None
+        # A router's experts take load slots of their own, so it must not wait for them in one.
+        experts = await self._hold_experts(resolution, lowered.experts)
         try:
-            lowered = await asyncio.to_thread(lower, artifact.kind, artifact.config, artifact.tensors, self._target)
-        except AdapterIncompatible as error:
-            raise AdapterIncompatible(f"{resolution.label}: {error.message}", param="model") from None
+            async with self._load_slots:
+                return await self._finish(resolution, artifact, lowered, experts)
+        except BaseException:
+            for expert in experts:
+                self.release(expert)
+            raise
+
+    async def _hold_experts(self, resolution: Resolution, references: Sequence[str]) -> tuple[Resident, ...]:
+        """A router's experts, by the digests that it pins, leased for it."""
+        held: list[Resident] = []
+        try:
+            for text in references:
+                expert = await self._ensure(await asyncio.to_thread(self._source.resolve, text))
+                held.append(expert)
+                reason = why_no_expert(expert.graft, self._target.decoder_layers)
+                if reason is not None:
+                    raise AdapterIncompatible(f"{resolution.label} routes among experts: {reason}", param="model")
+        except BaseException as error:
+            for expert in held:
+                self.release(expert)
+            if isinstance(error, ModelNotFound | AdapterUnavailable):
+                raise AdapterUnavailable(f"{resolution.label} has no expert {text[:200]}: {error.message}") from error
+            raise
+        return tuple(held)
+
+    async def _finish(
+        self, resolution: Resolution, artifact: Artifact, lowered: Lowered, experts: tuple[Resident, ...]
+    ) -> Resident:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = await self._workshop.compile(lowered.soft_prompt_VE)
             if not prefix.finite:
                 raise AdapterIncompatible(f"{resolution.label}: its soft prompt overflows in the base", param="model")
-        graft = Graft(resolution.digest, resolution.label, lowered.sites, prefix)
+        graft = Graft(
+            resolution.digest,
+            resolution.label,
+            lowered.sites,
+            prefix,
+            lowered.soft_prompt_VE,
+            lowered.reach,
+            lowered.router,
+            tuple(expert.resolution.digest for expert in experts),
+        )
         if self._config.check_golden:
-            await self._replay(artifact, graft)
-        await self._make_room(graft)  # the last wait: nothing comes between the room and its use
-        return Resident(resolution, artifact.kind, artifact.rank, graft)
+            await self._replay(artifact, graft, experts)
+        await self._make_room(graft.bytes, graft.label)  # the last wait: nothing comes between the room and its use
+        return Resident(resolution, artifact.kind, artifact.rank, graft, experts=experts)
 
-    async def _replay(self, artifact: Artifact, graft: Graft) -> None:
+    async def _replay(self, artifact: Artifact, graft: Graft, experts: Sequence[Resident]) -> None:
+        route = None
+        if graft.router is not None:
+            route = Route(tuple(Expert(one.graft) for one in experts), graft.router.top_k, 1.0, graft)
         for index, row in enumerate(artifact.golden):
-            got = await self._workshop.probe(graft, row.prompt_ids)
+            got = await self._workshop.probe(graft, row.prompt_ids, route=route)
             off = golden.distance(row.logits_V, got)
             if not off <= self._golden_limit:
                 raise AdapterUnavailable(
                     f"{graft.label}: golden row {index} is off by {off:.3g}, the limit is {self._golden_limit:g}"
                 )
 
-    async def _make_room(self, graft: Graft) -> None:
-        """Evict what nobody holds, the least recently used first, until the graft fits."""
+    async def _make_room(self, wanted: int, label: str) -> None:
+        """Evict what nobody holds, joins first, then the least recently used, until so many bytes are free."""
         budget = self._config.cache_bytes
-        if graft.bytes > budget:
-            raise AdapterIncompatible(f"{graft.label} takes {graft.bytes} bytes, the adapter cache holds {budget}")
+        if wanted > budget:
+            raise AdapterIncompatible(f"{label} takes {wanted} bytes, the adapter cache holds {budget}")
         deadline = time.monotonic() + ROOM_TIMEOUT_S
-        while self._bytes() + graft.bytes > budget:
+        while self._bytes() + wanted > budget:
+            key = next((key for key, join in self._joins.items() if not join.leases), None)
+            if key is not None:
+                del self._joins[key]
+                continue
             digest = next((d for d, one in self._resident.items() if not one.leases and not one.pinned), None)
             if digest is not None:
-                evicted = self._resident.pop(digest)
-                log.info("%s was evicted for %s", evicted.resolution.label, graft.label)
+                evicted = self._forget(digest)
+                log.info("%s was evicted for %s", evicted.resolution.label, label)
                 continue
             self._room.clear()
             try:
@@ -450,13 +655,21 @@ class AdapterStore:
                     await self._room.wait()
             except TimeoutError:
                 raise Unavailable(
-                    f"{graft.label} needs {graft.bytes} bytes and every adapter in the cache of {budget} bytes is "
+                    f"{label} needs {wanted} bytes and every adapter in the cache of {budget} bytes is "
                     "in use or pinned",
                     retry_after_s=5.0,
                 ) from None
 
+    def _forget(self, digest: str) -> Resident:
+        """Take a resident adapter away, and with a router its hold on its experts."""
+        gone = self._resident.pop(digest)
+        for expert in gone.experts:
+            self.release(expert)
+        return gone
+
     def _bytes(self) -> int:
-        return sum(one.graft.bytes for one in self._resident.values())
+        joins = sum(join.prefix.bytes for join in self._joins.values())
+        return joins + sum(one.bytes for one in self._resident.values())
 
     async def _follow(self, name: str) -> None:
         """Something happened to a name: find out where its aliases in use point now."""
@@ -518,9 +731,9 @@ class AdapterStore:
             raise ModelNotFound(UNKNOWN_MODEL.format(reference[:200]) + ": it is not resident")
         resident.pinned = False
         if resident.leases and strict:
-            raise InvalidValue(f"{resolution.label} is held by {resident.leases} running requests")
+            raise InvalidValue(f"{resolution.label} is held by {resident.leases} running requests or resident routers")
         if not resident.leases:
-            del self._resident[resolution.digest]
+            self._forget(resolution.digest)
         return replace(self._status(resident), tier="evicted")
 
     def _status(self, one: Resident) -> AdapterStatus:
@@ -531,7 +744,7 @@ class AdapterStore:
             digest=digest,
             kind=one.kind,
             tier="device",
-            bytes=one.graft.bytes,
+            bytes=one.bytes,
             leases=one.leases,
             pinned=one.pinned,
             rank=one.rank,
@@ -548,6 +761,23 @@ class AdapterStore:
                     asked.add(name)
         asked.update(name for name, reference in self._named.items() if reference in asked)
         return sorted(asked)
+
+
+def _term(text: str, resolution: Resolution, resident: Resident, weight: float) -> AdapterTerm:
+    return AdapterTerm(text, resolution.name, resolution.version, resolution.digest, resident.kind, weight)
+
+
+def _top_k(order: RoutingOrder, *, default: int, candidates: int) -> int:
+    """What was asked for, or the default as far as there are candidates. Raises: InvalidValue."""
+    if order.top_k is None:
+        return min(default, candidates)
+    if order.top_k > candidates:
+        raise InvalidValue(f"top_k {order.top_k} is above the {candidates} candidates", param="routing.top_k")
+    return order.top_k
+
+
+def _grafts(held: Sequence[tuple[Resident, float]]) -> tuple[tuple[Graft, float], ...]:
+    return combined([(resident.graft, weight) for resident, weight in held])
 
 
 def _servable(id_: str, line: Listed) -> Servable:

@@ -91,10 +91,11 @@ async def _events(
                 yield opening
         try:
             if _says_something(first[1]):
-                yield shape.event(*first, generation.usage() if ticket.continuous_usage else None)
+                yield shape.event(*first, generation.usage() if ticket.continuous_usage else None, generation.mixture)
             async for index, piece in rest:
                 if _says_something(piece):
-                    yield shape.event(index, piece, generation.usage() if ticket.continuous_usage else None)
+                    usage = generation.usage() if ticket.continuous_usage else None
+                    yield shape.event(index, piece, usage, generation.mixture)
         except ServerError as error:
             yield error_body(error)
             return
@@ -108,11 +109,16 @@ def _says_something(piece: Piece) -> bool:
 
 
 def served_headers(service: Service, mixture: Mixture, ignored: tuple[str, ...]) -> dict[str, str]:
-    """What served it, as a `model` of pinned versions that gives the same again."""
+    """What served it, as a `model` of pinned versions that gives the same again.
+
+    Where arrow chose token by token there is no such model: the candidates' versions stand with commas between.
+    """
     pinned = "+".join(
         f"{term.name}@{term.version}" + ("" if term.weight == 1.0 else f"*{term.weight!r}".replace("e+", "e"))
         for term in mixture.terms
     )
+    if mixture.routing is not None and mixture.routing.mode == "arrow":
+        pinned = ",".join(f"{term.name}@{term.version}" for term in mixture.routing.experts)
     headers = {ADAPTERS_HEADER: _ascii(pinned or service.base_id)}
     if ignored:
         headers[IGNORED_HEADER] = _ascii(", ".join(ignored))

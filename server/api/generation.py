@@ -41,6 +41,7 @@ class Order:
     ignore_eos: bool = False
     logprobs: int | None = None
     echo: bool = False
+    return_routing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +191,7 @@ def _requests(service: Service, order: Order, lease: Lease) -> list[GenerationRe
                     ignore_eos=order.ignore_eos,
                     logprobs=order.logprobs,
                     prompt_logprobs=order.logprobs if order.echo else None,
+                    return_routing=order.return_routing,
                 )
             )
     return requests

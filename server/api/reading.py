@@ -94,6 +94,7 @@ def _order(
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         echo=echo,
+        return_routing=bool(body.return_routing),
     )
 
 
@@ -129,6 +130,7 @@ def _wanted(service: Service, body: GenerationBody, order: Order) -> Wanted:
         logprobs=order.logprobs is not None,
         token_ids=bool(body.return_token_ids),
         echo=order.echo,
+        routing=order.return_routing,
         usage=body.stream_options is not None and bool(body.stream_options.include_usage),
     )
 

@@ -139,6 +139,7 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    return_routing: bool | None = None
 
 
 class Message(Body):

@@ -2,7 +2,7 @@
 
 What does not change from chunk to chunk is written once: a token costs one small string.
 Source: OpenAI's specification 2.3.0. Beyond it, as in vLLM: `stop_reason`, and token ids when asked for.
-Ours: `adapters`, and `routing` where the prompt chose them.
+Ours: `adapters`, and `routing` where the prompt chose them or when asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from server.api.generation import Usage
 from server.api.logprobs import CompletionLogprobs, chat_logprobs
 from server.api.transcript import Piece
-from server.records import Mixture, PromptChoice
+from server.records import AdapterTerm, Mixture, PromptChoice, RouteRow
 from server.text.vocabulary import Vocabulary
 
 
@@ -30,13 +30,32 @@ class Wanted:
     token_ids: bool = False
     echo: bool = False
     usage: bool = False  # at the end of a stream, and as null before
+    routing: bool = False
 
 
 def adapters_body(mixture: Mixture) -> list[dict[str, Any]]:
-    return [
-        {"ref": term.ref, "version": term.version, "digest": term.digest, "weight": term.weight}
-        for term in mixture.terms
-    ]
+    """The mixture's terms, then its experts, whose weight is null: every token has its own."""
+    experts = () if mixture.routing is None else mixture.routing.experts
+    return [_term_body(term, term.weight) for term in mixture.terms] + [_term_body(term, None) for term in experts]
+
+
+def routing_body(mixture: Mixture, rows: Sequence[RouteRow]) -> dict[str, Any]:
+    """Who served which tokens: `ids[token][layer]` are places in `experts`, `weights` the same with their shares."""
+    routing = mixture.routing
+    assert routing is not None, "only a routed request can ask for its routing"
+    return {
+        "mode": routing.mode,
+        "top_k": routing.top_k,
+        "temperature": routing.temperature,
+        "experts": [f"{term.name}@{term.version}" for term in routing.experts],
+        "tokens": len(rows),
+        "ids": [[[number for number, _ in layer] for layer in row] for row in rows],
+        "weights": [[[share for _, share in layer] for layer in row] for row in rows],
+    }
+
+
+def _term_body(term: AdapterTerm, weight: float | None) -> dict[str, Any]:
+    return {"ref": term.ref, "version": term.version, "digest": term.digest, "weight": weight}
 
 
 def served_body(mixture: Mixture) -> dict[str, Any]:
@@ -83,9 +102,9 @@ class ChatShape:
                 extra["prompt_token_ids"] = self._prompt_ids
         return self._frame.chunk(choice, extra)
 
-    def event(self, index: int, piece: Piece, usage: Usage | None) -> str:
+    def event(self, index: int, piece: Piece, usage: Usage | None, mixture: Mixture) -> str:
         delta = f'{{"content":{json.dumps(piece.text)}}}' if piece.text else "{}"
-        choice = f'{{"index":{index},"delta":{delta},{self._rest(piece)}}}'
+        choice = f'{{"index":{index},"delta":{delta},{self._rest(piece)}{self._routing(piece, mixture)}}}'
         return self._frame.chunk(choice, {} if usage is None else {"usage": usage_body(usage)})
 
     def usage_event(self, usage: Usage) -> str:
@@ -94,7 +113,7 @@ class ChatShape:
     def whole(self, choices: Sequence[Piece], usage: Usage, mixture: Mixture) -> str:
         texts = [
             f'{{"index":{index},"message":{{"role":"assistant","content":{json.dumps(piece.text)},"refusal":null}},'
-            f"{self._rest(piece)}}}"
+            f"{self._rest(piece)}{self._routing(piece, mixture)}}}"
             for index, piece in enumerate(choices)
         ]
         extra: dict[str, Any] = {"usage": usage_body(usage), **served_body(mixture)}
@@ -105,6 +124,9 @@ class ChatShape:
     def _rest(self, piece: Piece) -> str:
         logprobs = chat_logprobs(self._vocabulary, piece.scores) if self._wanted.logprobs and piece.token_ids else None
         return _rest(piece, logprobs, token_ids=list(piece.token_ids) if self._wanted.token_ids else None)
+
+    def _routing(self, piece: Piece, mixture: Mixture) -> str:
+        return _routing(piece, mixture) if self._wanted.routing else ""
 
 
 class CompletionShape:
@@ -124,14 +146,18 @@ class CompletionShape:
         choice = f'{{"index":{index},"text":"","logprobs":null,"finish_reason":null{self._prompt_ids(index)}}}'
         return self._frame.chunk(choice, {} if mixture is None else served_body(mixture))
 
-    def event(self, index: int, piece: Piece, usage: Usage | None) -> str:
-        return self._frame.chunk(self._choice(index, piece), {} if usage is None else {"usage": usage_body(usage)})
+    def event(self, index: int, piece: Piece, usage: Usage | None, mixture: Mixture) -> str:
+        choice = self._choice(index, piece, self._routing(piece, mixture))
+        return self._frame.chunk(choice, {} if usage is None else {"usage": usage_body(usage)})
 
     def usage_event(self, usage: Usage) -> str:
         return self._frame.chunk("", {"usage": usage_body(usage)})
 
     def whole(self, choices: Sequence[Piece], usage: Usage, mixture: Mixture) -> str:
-        texts = [self._choice(index, piece, self._prompt_ids(index)) for index, piece in enumerate(choices)]
+        texts = [
+            self._choice(index, piece, self._prompt_ids(index) + self._routing(piece, mixture))
+            for index, piece in enumerate(choices)
+        ]
         extra = {"usage": usage_body(usage), **served_body(mixture)}
         return self._frame.answer("text_completion", texts, extra)
 
@@ -139,6 +165,9 @@ class CompletionShape:
         logprobs = self._logprobs[index].read(piece) if self._wanted.logprobs and piece.token_ids else None
         rest = _rest(piece, logprobs, token_ids=list(piece.token_ids) if self._wanted.token_ids else None)
         return f'{{"index":{index},"text":{json.dumps(piece.text)},{rest}{more}}}'
+
+    def _routing(self, piece: Piece, mixture: Mixture) -> str:
+        return _routing(piece, mixture) if self._wanted.routing else ""
 
     def _prompt_ids(self, index: int) -> str:
         if not self._wanted.token_ids:
@@ -174,6 +203,11 @@ def _rest(piece: Piece, logprobs: dict[str, Any] | None, *, token_ids: list[int]
     else:
         rest += f',"finish_reason":"{piece.finish_reason}","stop_reason":{json.dumps(piece.stop_reason)}'
     return rest if token_ids is None else f'{rest},"token_ids":{_dump(token_ids)}'
+
+
+def _routing(piece: Piece, mixture: Mixture) -> str:
+    """A member of the choice's last piece alone."""
+    return "" if piece.finish_reason is None else f',"routing":{_dump(routing_body(mixture, piece.routes))}'
 
 
 def _members(extra: dict[str, Any]) -> str:

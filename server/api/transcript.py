@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from server.errors import ServerError
-from server.records import Event, Failed, Finished, FinishReason, PromptScored, Sampled, TokenScore
+from server.records import Event, Failed, Finished, FinishReason, PromptScored, RouteRow, Sampled, TokenScore
 from server.text.stream import TextStream
 from server.text.vocabulary import Vocabulary
 
@@ -19,6 +19,7 @@ from server.text.vocabulary import Vocabulary
 class Piece:
     """`scores` has one entry for each of `token_ids` where log-probabilities were asked for; a text's first has none.
 
+    `routes` are on a choice's last piece, all of them: of the prompt's tokens and of its own but the last.
     `stop_reason` is the stop string or the id of the token that ended the text, if one that was asked for did.
     """
 
@@ -27,6 +28,7 @@ class Piece:
     scores: tuple[TokenScore | None, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    routes: tuple[RouteRow, ...] = ()
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
@@ -37,6 +39,7 @@ def join(pieces: Sequence[Piece]) -> Piece:
         scores=tuple(score for piece in pieces for score in piece.scores),
         finish_reason=pieces[-1].finish_reason,
         stop_reason=pieces[-1].stop_reason,
+        routes=pieces[-1].routes,
     )
 
 
@@ -58,6 +61,7 @@ class Transcript:
         self._prompt_scores: tuple[TokenScore | None, ...] = ()
         self._token_ids: list[int] = []
         self._scores: list[TokenScore | None] = []
+        self._routes: list[RouteRow] = []
         self.generated = 0
         self.cached = 0
         self.ended = False
@@ -72,6 +76,7 @@ class Transcript:
             return self._sampled(event)
         if isinstance(event, Finished):
             self.generated, self.cached = event.completion_tokens, event.cached_tokens
+            self._routes += event.routes
             return self._last(self._stream.finish(), event.reason, event.stop_token_id)
         if isinstance(event, PromptScored):
             self._prompt_scores = (None, *event.scores)
@@ -83,6 +88,7 @@ class Transcript:
         self.generated += 1
         self.cached = event.cached_tokens
         self._token_ids.append(event.token_id)
+        self._routes += event.routes
         if event.score is not None:
             self._scores.append(event.score)
         text = self._stream.push((event.token_id,))
@@ -103,7 +109,7 @@ class Transcript:
         if self._echo is not None:
             text, self._echo = self._echo + text, None
             token_ids, scores = self._prompt_ids + token_ids, self._prompt_scores + scores
-        return Piece(text, token_ids, scores, reason, stop_reason)
+        return Piece(text, token_ids, scores, reason, stop_reason, tuple(self._routes) if reason else ())
 
 
 def _failure(error: ServerError) -> ServerError:

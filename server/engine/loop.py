@@ -24,16 +24,29 @@ from server.adapters.bank import Bank
 from server.config import EngineConfig
 from server.contract import EngineSnapshot, Lease
 from server.engine.pack import Packed, block_rows, pack_step
+from server.engine.pack_routes import read_shares
 from server.engine.sample import Draw, draw_tokens, score
 from server.errors import AdapterUnavailable, EngineFailed, InvalidValue, PromptTooLong, QueueFull, StartupRefused
 from server.model.kv import block_bytes
 from server.model.network import Network
 from server.policy.blocks import BlockPool
+from server.policy.reach import Course, Term, course
 from server.policy.schedule import Chunk, Outcome, Scheduler, Step
 from server.policy.schedule import Sequence as ScheduledSequence
-from server.primitives.graft import Graft
+from server.primitives.experts import Route
+from server.primitives.graft import Graft, prefixed
 from server.primitives.prefix import Prefix
-from server.records import Event, Failed, Finished, GenerationRequest, Mixture, PromptScored, Sampled, TokenScore
+from server.records import (
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    Mixture,
+    PromptScored,
+    RouteRow,
+    Sampled,
+    TokenScore,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +85,12 @@ class Live:
     sequence: ScheduledSequence
     scores: list[TokenScore] = field(default_factory=list)
     summed_E: Tensor | None = None  # hidden states of the prompt so far, where its embedding is wanted
+    routes: list[RouteRow] = field(default_factory=list)  # not yet told
+    routed_positions: int = 0
 
-    @property
-    def prefix(self) -> Prefix | None:
-        return next((graft.prefix for graft, weight in self.lease.grafts if graft.prefix and weight), None)
+    def take_routes(self) -> tuple[RouteRow, ...]:
+        taken, self.routes = tuple(self.routes), []
+        return taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +99,11 @@ class ProbeLease:
 
     grafts: Sequence[tuple[Graft, float]]
     mixture: Mixture = field(default_factory=Mixture)
+    route: Route | None = None
+
+    @property
+    def prefix(self) -> Prefix | None:
+        return next((graft.prefix for graft in prefixed(self.grafts)), None)
 
     @property
     def virtual_tokens(self) -> int:
@@ -145,31 +165,33 @@ class EngineLoop:
             raise
         self._open += 1
         self._next_id += 1
-        private = request.prompt_logprobs is not None or request.keep_logits
         sequence = ScheduledSequence(
             id=self._next_id,
             tokens=list(request.prompt_ids),
             prompt_len=len(request.prompt_ids),
             max_tokens=request.max_tokens,
-            salt=lease.mixture.salt,
+            course=course_of(lease, request.prompt_ids),
             virtual=lease.virtual_tokens,
             stop_ids=request.stop_token_ids | (frozenset() if request.ignore_eos else self._network.facts.end_ids),
-            reuse=self._config.prefix_cache and not request.embed and not private,
-            share=self._config.prefix_cache and not private,
+            reuse=self._config.prefix_cache and _reads_cache(request),
+            share=self._config.prefix_cache and _fills_cache(request),
         )
         stream = EventStream(lambda: self._inbox.put(lambda: self._drop(sequence.id)))
         live = Live(request, lease, stream, asyncio.get_running_loop(), sequence)
         self._inbox.put(lambda: self._accept(live))
         return stream
 
-    async def compile(self, embeddings: Tensor) -> Prefix:
-        """Turn a soft prompt (V, E) into a prefix, between two steps."""
+    async def compile(self, embeddings: Tensor, *, after: Prefix | None = None) -> Prefix:
+        """Turn a soft prompt (V, E) into a prefix, between two steps; `after` stands before it."""
         return await self._between_steps(
-            lambda: self._network.compile_prefix(embeddings, block_size=self._config.block_size)
+            lambda: self._network.compile_prefix(embeddings, block_size=self._config.block_size, after=after)
         )
 
-    async def probe(self, graft: Graft, prompt_ids: Sequence[int]) -> Tensor:
-        """The logits (vocabulary) after a prompt under one graft, computed in the running batch like any request."""
+    async def probe(self, graft: Graft, prompt_ids: Sequence[int], *, route: Route | None = None) -> Tensor:
+        """The logits (vocabulary) after a prompt under one graft, computed in the running batch like any request.
+
+        `route` goes with a graft that is a router.
+        """
         request = GenerationRequest(
             request_id=f"golden-{graft.digest[7:19]}",
             prompt_ids=tuple(prompt_ids),
@@ -177,7 +199,7 @@ class EngineLoop:
             max_tokens=0,
             keep_logits=True,
         )
-        async for event in self.submit(request, ProbeLease(((graft, 1.0),))):
+        async for event in self.submit(request, ProbeLease(((graft, 1.0),), route=route)):
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished) and event.logits is not None:
@@ -188,8 +210,16 @@ class EngineLoop:
         limit = self._config.max_running + self._config.max_waiting
         if self._open >= limit:
             raise QueueFull(f"{self._open} requests are open, the limit is {limit}", retry_after_s=1.0)
+        if request.return_routing and lease.route is None:
+            raise InvalidValue("return_routing: this request is not routed token by token", param="return_routing")
+        if request.return_routing and not self._network.facts.decoder_layers:
+            raise InvalidValue(
+                "return_routing: the layers of this base could not be told apart", param="return_routing"
+            )
         if not request.prompt_ids:
             raise InvalidValue("the prompt has no tokens", param="prompt")
+        if not request.keep_logits:  # a golden row shows what its maker saw there, whatever worked
+            _check_reach(request, lease)
         length = len(request.prompt_ids) + lease.virtual_tokens + request.max_tokens
         if length > self.max_model_len:
             virtual = f" and {lease.virtual_tokens} virtual tokens of the adapter" if lease.virtual_tokens else ""
@@ -250,20 +280,36 @@ class EngineLoop:
             self._bank,
             {id_: one.lease.grafts for id_, one in live.items()},
             frozenset(id_ for id_, one in live.items() if one.request.prompt_logprobs is not None),
+            routes={id_: one.lease.route for id_, one in live.items() if one.lease.route is not None},
+            traced=frozenset(id_ for id_, one in live.items() if one.request.return_routing),
         )
         if any(one.request.embed for one in live.values()):
             logits_RV, states_TE = self._network.forward_with_states(packed.batch)
             self._sum_states(packed, states_TE)
         else:
             logits_RV = self._network.forward(packed.batch)
+        self._note_routes(packed)
         drawn = self._draw(packed, logits_RV)
         for outcome in self._scheduler.commit(step, drawn):
             self._tell(outcome)
 
+    def _note_routes(self, packed: Packed) -> None:
+        """Keep who served the step's tokens for those who want to know; a preempted sequence tells nothing twice."""
+        wanted = frozenset(c.sequence.id for c, _, _ in packed.rows if self._live[c.sequence.id].request.return_routing)
+        if packed.routed is None or not wanted:
+            return
+        shares = read_shares(packed.routed, wanted, len(self._network.facts.layers))
+        for one in packed.routed.chunks:
+            live = self._live[one.chunk.sequence.id]
+            if one.chunk.sequence.id in wanted:
+                known = max(0, live.routed_positions - one.chunk.start)
+                live.routes += shares[one.chunk.sequence.id][known:]
+                live.routed_positions = max(live.routed_positions, one.chunk.start + one.chunk.count)
+
     def _preload(self, chunk: Chunk) -> None:
         if chunk.preload is None:
             return
-        prefix = self._live[chunk.sequence.id].prefix
+        prefix = self._live[chunk.sequence.id].lease.prefix
         assert prefix is not None, "a sequence with virtual tokens has a prefix"
         rows = block_rows(chunk.sequence.blocks, *chunk.preload, self._config.block_size)
         self._cache.load(prefix, chunk.preload, rows)
@@ -335,7 +381,7 @@ class EngineLoop:
             return
         if not outcome.stopped:
             scored = live.scores.pop() if live.scores else None
-            self._outbox.append((live, Sampled(outcome.token, scored, live.sequence.cached)))
+            self._outbox.append((live, Sampled(outcome.token, scored, live.sequence.cached, live.take_routes())))
         if outcome.finish is not None:
             stop = outcome.token if outcome.stopped else None
             self._end(outcome.sequence.id, _finished(live, outcome.finish, stop))
@@ -392,6 +438,37 @@ class EngineLoop:
             live.lease.release()
 
 
+def _reads_cache(request: GenerationRequest) -> bool:
+    """Whether positions may be taken from the prefix cache: not where something is wanted of every one of them."""
+    return _fills_cache(request) and not request.embed
+
+
+def _fills_cache(request: GenerationRequest) -> bool:
+    """Whether others may take its positions: a probe's mixture has no name that could tell them apart."""
+    return request.prompt_logprobs is None and not request.keep_logits and not request.return_routing
+
+
+def course_of(lease: Lease, prompt: Sequence[int]) -> Course:
+    """What each position of a request is computed with. Equal courses over equal tokens leave equal KV."""
+    if lease.route is not None:  # nothing stands beside it
+        return course([Term(lease.route.label)], prompt)
+    terms = [
+        Term(f"{graft.digest}*{weight!r}" if weight and graft.sites else "", graft.reach)
+        for graft, weight in lease.grafts
+    ]
+    before = ">".join(graft.digest for graft in prefixed(lease.grafts))
+    return course(terms, prompt, virtual=lease.virtual_tokens, virtual_label=before)
+
+
+def _check_reach(request: GenerationRequest, lease: Lease) -> None:
+    """An adapter that would do nothing here is a mistake of the request, and the base's answer no substitute."""
+    for graft, weight in lease.grafts:
+        if weight and not graft.reach.ranges(request.prompt_ids):
+            raise InvalidValue(
+                f"{graft.label} works from its invocation tokens on, and the prompt does not hold them", param="prompt"
+            )
+
+
 def _block_count(network: Network, config: EngineConfig, max_model_len: int) -> int:
     """Blocks that the memory budget holds, and no more than all running requests could ever fill."""
     one = block_bytes(network.facts.layers, config.block_size, network.facts.dtype)
@@ -425,11 +502,14 @@ def _finished(live: Live, reason: str, stop: int | None) -> Finished:
         completion_tokens=live.sequence.generated,
         cached_tokens=live.sequence.cached,
         stop_token_id=stop,
+        routes=live.take_routes(),
     )
 
 
 def _overflow(live: Live) -> AdapterUnavailable | EngineFailed:
-    names = ", ".join(f"{term.name}@{term.version}" for term in live.request.mixture.terms)
+    mixture = live.request.mixture
+    experts = () if mixture.routing is None else mixture.routing.experts
+    names = ", ".join(f"{term.name}@{term.version}" for term in (*mixture.terms, *experts))
     if names:
         return AdapterUnavailable(f"the numbers of {names} overflowed on this prompt")
     return EngineFailed("the base's numbers overflowed on this prompt")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from server.adapters.bank import Bank
+from server.engine.pack_routes import PackedRoutes, pack_routes
 from server.model.attention import AttentionPlan, Span
 from server.model.kv import KvCache
 from server.model.network import Batch
+from server.policy.reach import pieces
 from server.policy.schedule import Chunk, Step
+from server.primitives.experts import Route
 from server.primitives.gates import gates_from_rows
 from server.primitives.graft import Graft
+
+NO_ROUTES: Mapping[int, Route] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +27,23 @@ class Packed:
 
     batch: Batch
     rows: tuple[tuple[Chunk, int, int], ...]
+    routed: PackedRoutes | None = None
 
 
 def pack_step(
-    step: Step, cache: KvCache, bank: Bank, grafts: Mapping[int, Sequence[tuple[Graft, float]]], scored: frozenset[int]
+    step: Step,
+    cache: KvCache,
+    bank: Bank,
+    grafts: Mapping[int, Sequence[tuple[Graft, float]]],
+    scored: frozenset[int],
+    *,
+    routes: Mapping[int, Route] = NO_ROUTES,
+    traced: frozenset[int] = frozenset(),
 ) -> Packed:
-    """`grafts` maps a sequence's id to its mixture; `scored` are those that want the logits of every position."""
+    """`grafts` maps a sequence's id to its mixture; `scored` are those that want the logits of every position.
+
+    `routes` has the sequences that are routed; `traced` are those of them that want to know how.
+    """
     chunks = sorted(step.chunks, key=lambda chunk: chunk.count > 1)
     decodes = [chunk for chunk in chunks if chunk.count == 1]
     spans = chunks[len(decodes) :]
@@ -64,14 +80,9 @@ def pack_step(
     columns = bank.activate([graft for chunk in chunks for graft, weight in grafts[chunk.sequence.id] if weight])
     gates = None
     if columns:
-        table = [
-            (
-                chunk.count,
-                [(columns[g.digest], weight) for g, weight in grafts[chunk.sequence.id] if g.digest in columns],
-            )
-            for chunk in chunks
-        ]
+        table = [row for chunk in chunks for row in _gate_rows(chunk, grafts[chunk.sequence.id], columns)]
         gates = gates_from_rows(table, bank.size, cache.keys[0])
+    routed = pack_routes(chunks, routes, bank.experts, device=device, traced=bool(traced))
     batch = Batch(
         ids_T=torch.tensor(ids, device=device),
         positions_T=torch.tensor(positions, device=device),
@@ -79,13 +90,23 @@ def pack_step(
         wanted_R=torch.tensor(wanted, device=device, dtype=torch.long),
         gates=gates,
         operands=bank.operands if columns else {},
+        routes=routed.routes if routed else None,
     )
-    return Packed(batch, tuple(rows))
+    return Packed(batch, tuple(rows), routed)
 
 
 def block_rows(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
     """Cache rows of positions start..stop-1."""
     return [blocks[p // block_size] * block_size + p % block_size for p in range(start, stop)]
+
+
+def _gate_rows(
+    chunk: Chunk, mixture: Sequence[tuple[Graft, float]], columns: Mapping[str, int]
+) -> Iterable[tuple[int, list[tuple[int, float]]]]:
+    """A row for each phase of the sequence that the chunk has a part in: (token count, [(column, weight), ...])."""
+    for count, indices in pieces(chunk.sequence.course, chunk.start, chunk.start + chunk.count):
+        at_work = [mixture[index] for index in indices]
+        yield count, [(columns[graft.digest], weight) for graft, weight in at_work if graft.digest in columns]
 
 
 def _used(chunk: Chunk, block_size: int) -> list[int]:

@@ -28,6 +28,13 @@ class GraftedLinear(nn.Module):
         self.product = _bare_product(base)
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self._mixed(x)
+        if self.active.routes is not None:
+            self.active.routes.add(self.name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return y
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """With the static mixtures of the step's tokens."""
         operand = self.active.operands.get(self.name)
         gates = self.active.gates
         if operand is None or gates is None:

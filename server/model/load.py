@@ -21,6 +21,7 @@ from server.errors import StartupRefused
 from server.model import attention
 from server.model.attention import ShapeRecorder, UnsupportedAttention
 from server.model.grafted import graft_network
+from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
 from server.primitives.site import Active
 
@@ -57,10 +58,13 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     depth = int(shape.get_text_config().num_hidden_layers)
     if sorted(recorder.layers) != list(range(depth)):
         raise StartupRefused(f"base {name}: attention ran in layers {sorted(recorder.layers)}, the base has {depth}")
+    sites = graft_network(stock, active)
+    decoder_layers = find_layers(stock, depth)
+    announce_layers(stock, decoder_layers, active)
     facts = BaseFacts(
         name=name,
         layers=tuple(recorder.layers[layer] for layer in range(depth)),
-        sites=graft_network(stock, active),
+        sites=sites,
         hidden_size=stock.get_input_embeddings().weight.shape[1],  # type: ignore[operator]
         vocab_size=expected[0].shape[-1],
         context=int(shape.get_text_config().max_position_embeddings),
@@ -68,6 +72,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         dtype=dtype,
         device=device,
         quantized=config.quantize != "none",
+        decoder_layers=decoder_layers,
     )
     network = Network(stock, facts, active)
     _prove(network, probes, expected)

@@ -19,6 +19,7 @@ from server.model.kv import KvCache
 from server.model.weights import base_weight
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
+from server.primitives.route import Routes
 from server.primitives.site import Active, SiteOperand, SiteShape
 
 
@@ -32,6 +33,7 @@ class Batch:
     wanted_R: Tensor
     gates: Gates | None
     operands: Mapping[str, SiteOperand]
+    routes: Routes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class BaseFacts:
     dtype: torch.dtype
     device: torch.device
     quantized: bool
+    decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told
 
 
 class Network:
@@ -60,7 +63,7 @@ class Network:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
-        self._active.operands, self._active.gates = batch.operands, batch.gates
+        self._active.operands, self._active.gates, self._active.routes = batch.operands, batch.gates, batch.routes
         out = self._stock(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
@@ -85,22 +88,25 @@ class Network:
         return logits_RV, seen[0][0].float()
 
     @torch.inference_mode()
-    def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int) -> Prefix:
-        """The KV that virtual tokens leave in the bare base at positions 0..V-1."""
-        count = embeddings_VE.shape[0]
-        cache = self.new_cache(-(-count // block_size), block_size)
-        positions = torch.arange(count, device=self.facts.device)
+    def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int, after: Prefix | None = None) -> Prefix:
+        """The KV that virtual tokens leave in the bare base, at the first positions or behind another prefix."""
+        start = after.length if after is not None else 0
+        stop = start + embeddings_VE.shape[0]
+        cache = self.new_cache(-(-stop // block_size), block_size)
+        if after is not None:
+            cache.load(after, (0, start), range(start))
+        positions = torch.arange(start, stop, device=self.facts.device)
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
-        plan = AttentionPlan(cache, positions, None, None, [Span(count, count, blocks)])
-        self._active.operands, self._active.gates = {}, None
+        plan = AttentionPlan(cache, positions, None, None, [Span(stop - start, stop, blocks)])
+        self._active.operands, self._active.gates, self._active.routes = {}, None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=positions[-1:],
+            logits_to_keep=torch.zeros(1, dtype=torch.long, device=self.facts.device),  # nobody reads them
             graft_plan=plan,
         )
-        return cache.read(range(count))
+        return cache.read(range(start, stop))
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:

@@ -16,9 +16,13 @@ from collections.abc import Sequence
 Key = bytes
 
 
-def block_key(parent: Key, tokens: Sequence[int]) -> Key:
-    """The identity of a full block: its tokens, everything before them, and (in the first parent) the mixture."""
-    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+def block_key(parent: Key, tokens: Sequence[int], marks: Sequence[tuple[int, str]] = ()) -> Key:
+    """The identity of a full block: its tokens, everything before them, and which mixture each was computed with.
+
+    `marks` are the places in the block from which on another mixture works: (offset, its salt).
+    """
+    written = "".join(f"{offset}:{salt};" for offset, salt in marks)
+    return hashlib.sha256(parent + array("q", tokens).tobytes() + written.encode()).digest()
 
 
 class BlockPool:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from server.policy.blocks import BlockPool, Key, block_key
+from server.policy.reach import BARE, Course, marks
 from server.records import FinishReason
 
 VIRTUAL_TOKEN = -1  # stands for a virtual token in block keys: no vocabulary has it
@@ -28,7 +29,7 @@ class Sequence:
     tokens: list[int]
     prompt_len: int
     max_tokens: int
-    salt: str = ""
+    course: Course = BARE  # which terms of its mixture work where
     virtual: int = 0
     stop_ids: frozenset[int] = frozenset()
     reuse: bool = True  # may take cached blocks (not when something is wanted of every position)
@@ -55,6 +56,10 @@ class Sequence:
         """Token ids of positions start..stop-1, virtual ones included."""
         virtual = max(0, min(stop, self.virtual) - start)
         return [VIRTUAL_TOKEN] * virtual + self.tokens[max(0, start - self.virtual) : max(0, stop - self.virtual)]
+
+    def key(self, parent: Key, start: int, stop: int) -> Key:
+        """The identity of the block of positions start..stop-1."""
+        return block_key(parent, self.span(start, stop), marks(self.course, start, stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +185,10 @@ class Scheduler:
 
     def _hits(self, sequence: Sequence) -> tuple[list[int], Key]:
         """The longest run of cached blocks; at least one token is left to compute, since its logits are wanted."""
-        key, hits = sequence.salt.encode(), list[int]()
+        key, hits = b"", list[int]()
         if sequence.reuse:
             for start in range(0, sequence.length - self.block_size, self.block_size):
-                following = block_key(key, sequence.span(start, start + self.block_size))
+                following = sequence.key(key, start, start + self.block_size)
                 block = self.pool.find(following)
                 if block is None:
                     break
@@ -195,8 +200,7 @@ class Scheduler:
         """Let others find the blocks that this sequence has filled."""
         while (sequence.published + 1) * self.block_size <= sequence.computed:
             start = sequence.published * self.block_size
-            tokens = sequence.span(start, start + self.block_size)
-            sequence.last_key = block_key(sequence.last_key, tokens)
+            sequence.last_key = sequence.key(sequence.last_key, start, start + self.block_size)
             if sequence.share:
                 self.pool.publish(sequence.blocks[sequence.published], sequence.last_key)
             sequence.published += 1

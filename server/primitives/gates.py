@@ -12,11 +12,17 @@ from torch import Tensor
 
 
 class Gates:
-    """The matrix G (T, K), and its columns spread over an operand's rows, computed once per layout and step."""
+    """The matrix G (T, K), and what follows from it, computed once per step: its columns spread over an operand's
+    rows, and the tokens that carry an adapter.
 
-    def __init__(self, gates_TK: Tensor) -> None:
+    `host_TK` is G in the host's memory, so that nobody has to wait for the device to learn which gates are zero.
+    """
+
+    def __init__(self, gates_TK: Tensor, host_TK: Tensor | None = None) -> None:
         self.gates_TK = gates_TK
+        self.host_TK = gates_TK.cpu() if host_TK is None else host_TK
         self._spread: dict[tuple[int, ...], Tensor] = {}
+        self._carriers: dict[int, Tensor] = {}
 
     def spread(self, layout: tuple[int, ...], columns: Tensor) -> Tensor:
         """(T, len(columns)): column j is the gate of the adapter that owns row j of an operand.
@@ -28,6 +34,14 @@ class Gates:
             found = self._spread[layout] = self.gates_TK.index_select(1, columns)
         return found
 
+    def carriers(self, column: int) -> Tensor:
+        """(n,): the tokens whose gate for the adapter of `column` is not zero, in order."""
+        found = self._carriers.get(column)
+        if found is None:
+            tokens = self.host_TK[:, column].nonzero().flatten()
+            found = self._carriers[column] = tokens.to(self.gates_TK.device)
+        return found
+
 
 def gates_from_rows(rows: Sequence[tuple[int, Sequence[tuple[int, float]]]], columns: int, like: Tensor) -> Gates:
     """Gates from (token count, [(column, weight), ...]) per chunk, in the order of the packed tokens."""
@@ -36,4 +50,5 @@ def gates_from_rows(rows: Sequence[tuple[int, Sequence[tuple[int, float]]]], col
     for row, (_, terms) in enumerate(rows):
         for column, weight in terms:
             table[row, column] += weight
-    return Gates(table.repeat_interleave(counts, 0).to(device=like.device, dtype=like.dtype))
+    host_TK = table.repeat_interleave(counts, 0).to(dtype=like.dtype)
+    return Gates(host_TK.to(device=like.device), host_TK)

@@ -5,59 +5,83 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from server.errors import MixtureRefused
+from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.prefix import Prefix
+from server.primitives.route import Router
 from server.primitives.site import SiteValue
 
 
 @dataclass(frozen=True, eq=False)
 class Graft:
-    """An adapter on the device. `sites` is keyed by the Linear's name in the base."""
+    """An adapter on the device. `sites` is keyed by the Linear's name in the base; `reach` says at which tokens.
+
+    `soft_prompt_VE` are the embeddings that `prefix` was made of, needed again when another prefix stands before it.
+    """
 
     digest: str
     label: str  # NAME@N, for messages
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
+    soft_prompt_VE: Tensor | None = None
+    reach: Reach = EVERYWHERE
+    router: Router | None = None  # it routes among experts, and does nothing itself
+    experts: tuple[str, ...] = ()  # of a router: the digests of the adapters that its rows score
 
     @property
     def bytes(self) -> int:
         """Memory that it really takes, by its actual ranks and dtype."""
-        return sum(value.bytes for value in self.sites.values()) + (self.prefix.bytes if self.prefix else 0)
+        others = sum(part.bytes for part in (self.prefix, self.router) if part is not None)
+        soft = self.soft_prompt_VE.nbytes if self.soft_prompt_VE is not None else 0
+        return sum(value.bytes for value in self.sites.values()) + others + soft
 
     @property
     def virtual_tokens(self) -> int:
         return self.prefix.length if self.prefix else 0
 
 
+def combined(terms: Sequence[tuple[Graft, float]]) -> tuple[tuple[Graft, float], ...]:
+    """One term for each digest: two references to the same bytes are one adapter with the sum of their weights."""
+    weights: dict[str, float] = {}
+    for graft, weight in terms:
+        weights[graft.digest] = weights.get(graft.digest, 0.0) + weight
+    grafts = {graft.digest: graft for graft, _ in terms}
+    return tuple((grafts[digest], weight) for digest, weight in weights.items())
+
+
+def prefixed(terms: Sequence[tuple[Graft, float]]) -> list[Graft]:
+    """Those of a mixture that put virtual tokens ahead of the sequence, in the order written."""
+    return [graft for graft, weight in terms if graft.prefix is not None and weight]
+
+
 def check_mixture(terms: Sequence[tuple[Graft, float]]) -> None:
     """Refuse what cannot be combined exactly. Raises: MixtureRefused."""
-    prefixes = [(graft, weight) for graft, weight in terms if graft.prefix is not None and weight != 0]
-    for graft, weight in prefixes:
-        if weight != 1:
+    for graft, weight in terms:
+        if graft.prefix is not None and weight not in (0, 1):
             raise MixtureRefused(
                 f"weight {weight:g} on {graft.label}: a prefix has no exact weighted sum, its weight is 0 or 1"
             )
-    if len(prefixes) > 1:
-        labels = " and ".join(graft.label for graft, _ in prefixes)
-        raise MixtureRefused(f"{labels} both put virtual tokens ahead of the sequence; one such adapter is the limit")
-    _check_scales([(graft, weight) for graft, weight in terms if weight])
+    _check_sides([(graft, weight) for graft, weight in terms if weight])
 
 
-def _check_scales(terms: Sequence[tuple[Graft, float]]) -> None:
-    """Scales of one side add; a product of two sums is the sum of the deltas only for one adapter, whole and alone."""
-    scaled_in: dict[str, list[tuple[Graft, float]]] = {}
-    scaled_out: dict[str, list[Graft]] = {}
+def _check_sides(terms: Sequence[tuple[Graft, float]]) -> None:
+    """Scales and rotations of one side add; a product of two sums is the sum of the deltas only for one adapter, whole
+    and alone."""
+    at_input: dict[str, list[tuple[Graft, float]]] = {}
+    at_output: dict[str, list[Graft]] = {}
     for graft, weight in terms:
         for name, value in graft.sites.items():
-            if value.scale_in is not None:
-                scaled_in.setdefault(name, []).append((graft, weight))
-            if value.scale_out is not None:
-                scaled_out.setdefault(name, []).append(graft)
-    for name in scaled_in.keys() & scaled_out.keys():
-        for one, weight in scaled_in[name]:
-            for other in scaled_out[name]:
+            if value.transforms_input:
+                at_input.setdefault(name, []).append((graft, weight))
+            if value.transforms_output:
+                at_output.setdefault(name, []).append(graft)
+    for name in at_input.keys() & at_output.keys():
+        for one, weight in at_input[name]:
+            for other in at_output[name]:
                 if one is not other or weight != 1:
                     raise MixtureRefused(
-                        f"{one.label} scales the input and {other.label} the output of {name}: "
+                        f"{one.label} transforms the input and {other.label} the output of {name}: "
                         "their exact sum is not one product"
                     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,12 @@ class Prefix:
     @property
     def length(self) -> int:
         return self.keys[0].shape[1]
+
+    def then(self, following: Prefix) -> Prefix:
+        """Both, one after the other."""
+        pairs = zip((*self.keys, *self.values), (*following.keys, *following.values), strict=True)
+        joined = tuple(torch.cat(pair, dim=1) for pair in pairs)
+        return Prefix(joined[: len(self.keys)], joined[len(self.keys) :])
 
     @property
     def bytes(self) -> int:

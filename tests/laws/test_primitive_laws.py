@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -9,11 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.adapters.bank import Bank
-from server.primitives import bias, lowrank, scale
+from server.primitives import bias, delta, lowrank, rotate, scale
 from server.primitives.bias import Bias
+from server.primitives.delta import Delta
 from server.primitives.gates import Gates, gates_from_rows
 from server.primitives.graft import Graft
 from server.primitives.lowrank import LowRank
+from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
 from server.primitives.site import SiteValue, apply_site, pack_site
 
@@ -45,7 +49,26 @@ def some_site(rng: torch.Generator, rank: int) -> SiteValue:
         scale_out=Scale(normal(OUT)) if rank % 3 == 1 else None,
         lowrank=LowRank(normal(rank, IN), normal(OUT, rank)) if rank % 2 else None,
         bias=Bias(normal(OUT)) if rank % 4 else None,
+        delta=some_delta(rng, rank) if rank > 2 else None,
+        rotate_in=some_rotate(rng, IN, rank) if rank in (2, 3) else None,
+        rotate_out=some_rotate(rng, OUT, rank) if rank > 3 else None,
     )
+
+
+def some_rotate(rng: torch.Generator, features: int, seed: int) -> Rotate:
+    """Blocks of any size that fits, or pairs half of everything apart."""
+    if seed % 4 == 0:
+        return Rotate(torch.randn(features // 2, 2, 2, generator=rng), stride=features // 2)
+    size = [size for size in range(1, features + 1) if features % size == 0][seed % 3]
+    return Rotate(torch.randn(features // size, size, size, generator=rng))
+
+
+def some_delta(rng: torch.Generator, seed: int) -> Delta:
+    """Dense, or sparse with about as many entries as a rank, of which some meet in one place and add."""
+    if seed % 2:
+        return Delta(torch.randn(OUT, IN, generator=rng))
+    rows, columns = (torch.randint(0, size, (2 * seed,), generator=rng) for size in (OUT, IN))
+    return delta.sparse(rows, columns, torch.randn(2 * seed, generator=rng), shape=(OUT, IN))
 
 
 def run_site(x: Tensor, gates: Tensor, values: list[SiteValue], weight: Tensor, base_bias: Tensor) -> Tensor:
@@ -64,7 +87,12 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
     ]
     scales = [(k, Scale(torch.randn(IN, generator=rng))) for k in range(len(sizes))]
     biases = [(k, Bias(torch.randn(OUT, generator=rng))) for k in range(len(sizes))]
+    deltas = [(k, some_delta(rng, size)) for k, size in enumerate(sizes)]
+    turns = [(k, some_rotate(rng, OUT, size)) for k, size in enumerate(sizes)]
+    other_y = torch.randn(count, OUT, generator=rng)
     pairs = [
+        (rotate.apply(y, other_y, Gates(gates), rotate.pack(turns)), rotate.apply_loop(y, other_y, gates, turns)),
+        (delta.apply(y, x, Gates(gates), delta.pack(deltas)), delta.apply_loop(y, x, gates, deltas)),
         (lowrank.apply(y, x, Gates(gates), lowrank.pack(lows)), lowrank.apply_loop(y, x, gates, lows)),
         (scale.apply(x, Gates(gates), scale.pack(scales)), scale.apply_loop(x, gates, scales)),
         (bias.apply(y, Gates(gates), bias.pack(biases)), bias.apply_loop(y, gates, biases)),
@@ -76,7 +104,7 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
 @given(seeds, ranks, tokens)
 @SETTINGS
 def test_a_site_equals_its_equation(seed: int, sizes: list[int], count: int) -> None:
-    """y = s_out * W (s_in * x) + sum g B A x + sum g b + base bias, by the plain loops."""
+    """y = T_out(W T_in(x)) + sum g B A x + sum g D x + sum g b + base bias, by the plain loops."""
     rng = random(seed)
     values = [some_site(rng, rank) for rank in sizes]
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
@@ -86,8 +114,13 @@ def test_a_site_equals_its_equation(seed: int, sizes: list[int], count: int) -> 
     outs = [(k, v.scale_out) for k, v in enumerate(values) if v.scale_out]
     lows = [(k, v.lowrank) for k, v in enumerate(values) if v.lowrank]
     biases = [(k, v.bias) for k, v in enumerate(values) if v.bias]
-    y = scale.apply_loop(F.linear(scale.apply_loop(x, gates, ins), weight), gates, outs)
-    y = bias.apply_loop(lowrank.apply_loop(y, x, gates, lows), gates, biases) + base_bias
+    turns_in = [(k, v.rotate_in) for k, v in enumerate(values) if v.rotate_in]
+    turns_out = [(k, v.rotate_out) for k, v in enumerate(values) if v.rotate_out]
+    y = F.linear(rotate.apply_loop(scale.apply_loop(x, gates, ins), x, gates, turns_in), weight)
+    y = rotate.apply_loop(scale.apply_loop(y, gates, outs), y, gates, turns_out)
+    deltas = [(k, v.delta) for k, v in enumerate(values) if v.delta]
+    y = delta.apply_loop(lowrank.apply_loop(y, x, gates, lows), x, gates, deltas)
+    y = bias.apply_loop(y, gates, biases) + base_bias
     got = run_site(x, gates, values, weight, base_bias)
     torch.testing.assert_close(got, y, atol=TOLERANCE * 100, rtol=TOLERANCE * 10)
 
@@ -121,11 +154,15 @@ def test_the_order_of_a_tokens_adapters_does_not_matter(seed: int, sizes: list[i
 @given(seeds, ranks, st.integers(2, 7))
 @SETTINGS
 def test_a_tokens_result_does_not_depend_on_its_neighbours(seed: int, sizes: list[int], count: int) -> None:
-    """Not even on one whose adapter overflows every product: its infinities stay with it, to the bit."""
+    """Not even on one whose adapter overflows every product: its infinities stay with it, to the bit.
+
+    Whole deltas of its own aside: those are products of as many rows as carry them, which round in another order.
+    """
     rng = random(seed)
-    values = [some_site(rng, rank) for rank in sizes]
+    values = [replace(some_site(rng, rank), delta=None) for rank in sizes]
     huge = LowRank(torch.full((2, IN), 3e38), torch.full((OUT, 2), 3e38))
-    values.append(SiteValue(lowrank=huge))
+    turns = Rotate(torch.full((IN, 1, 1), 3e38)), Rotate(torch.full((2, 5, 5), 3e38))
+    values.append(SiteValue(None, None, huge, None, Delta(torch.full((OUT, IN), 3e38)), *turns))
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
     gates = some_gates(rng, count, len(values))
     gates[0, -1] = 0
@@ -139,13 +176,58 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(seed: int, sizes: lis
     assert not wild[1:].isfinite().all(), "the neighbours were meant to overflow"
 
 
+@given(seeds, ranks, st.integers(2, 7))
+@SETTINGS
+def test_a_token_with_a_whole_delta_does_not_see_what_its_neighbours_carry(
+    seed: int, sizes: list[int], count: int
+) -> None:
+    rng = random(seed)
+    values = [SiteValue(delta=some_delta(rng, size)) for size in sizes]
+    values += [SiteValue(delta=Delta(torch.full((OUT, IN), 3e38))), SiteValue(delta=infinite_sparse())]
+    x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
+    x[1:] = x[1:].abs() + 2  # of one sign, so that no sum of them stays finite by chance
+    gates = some_gates(rng, count, len(values))
+    gates[0, -2:] = 0
+    gates[1:] = 0
+    calm = run_site(x, gates, values, weight, torch.zeros(OUT))
+    gates[1:] = 1
+    wild = run_site(x, gates, values, weight, torch.zeros(OUT))
+    torch.testing.assert_close(calm[0], wild[0], atol=TOLERANCE * 10, rtol=TOLERANCE)
+    assert not wild[1:].isfinite().all(), "the neighbours were meant to overflow"
+
+
+def infinite_sparse() -> Delta:
+    return delta.sparse(torch.arange(OUT), torch.arange(OUT) % IN, torch.full((OUT,), 3e38), shape=(OUT, IN))
+
+
+def test_a_delta_costs_the_bytes_that_it_takes() -> None:
+    places = torch.tensor([0, 3, 3]), torch.tensor([1, 2, 2])
+    some = delta.sparse(*places, torch.ones(3), shape=(OUT, IN))
+    assert some.bytes == 2 * 4 + 2 * 4 + (OUT + 1) * 4  # two values, their columns, the offsets of the rows
+    assert Delta(torch.zeros(OUT, IN, dtype=torch.bfloat16)).bytes == OUT * IN * 2
+
+
+@given(seeds, ranks, tokens)
+@SETTINGS
+def test_blocks_of_one_are_a_scale(seed: int, sizes: list[int], count: int) -> None:
+    rng = random(seed)
+    gates, x = some_gates(rng, count, len(sizes)), torch.randn(count, IN, generator=rng)
+    scales = [(k, Scale(torch.randn(IN, generator=rng))) for k in range(len(sizes))]
+    turns = [(k, Rotate(value.excess_F[:, None, None])) for k, value in scales]
+    turned = rotate.apply(x, x, Gates(gates), rotate.pack(turns))
+    torch.testing.assert_close(turned, scale.apply(x, Gates(gates), scale.pack(scales)), atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @given(seeds, ranks, tokens)
 @SETTINGS
 def test_a_fusion_is_the_weighted_sum_of_the_deltas(seed: int, sizes: list[int], count: int) -> None:
-    """For adapters that scale one side: (fused - base) = sum of weight * (alone - base)."""
+    """For adapters that transform one side: (fused - base) = sum of weight * (alone - base)."""
     rng = random(seed)
     values = [some_site(rng, rank) for rank in sizes]
-    values = [SiteValue(None, v.scale_out, v.lowrank, v.bias) for v in values]
+    if seed % 2:
+        values = [replace(v, scale_in=None, rotate_in=None) for v in values]
+    else:
+        values = [replace(v, scale_out=None, rotate_out=None) for v in values]
     x, weight = torch.randn(count, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
     weights = torch.randn(len(values), generator=rng)
     fused = run_site(x, weights.expand(count, -1), values, weight, torch.zeros(OUT))

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from server.policy.blocks import BlockPool, block_key
+from server.policy.reach import EVERYWHERE, FromLast, PromptEnds, Reach, Term, course
 from server.policy.schedule import VIRTUAL_TOKEN, Scheduler, Sequence, Step
 
 BLOCK_SIZE = 4
 CONTEXT = 24  # the longest request: prompt, virtual and new tokens
-VIRTUAL_OF = {"": 0, "a": 0, "b": 3, "c": 5}  # one mixture has one prefix
+VIRTUAL_OF = {"": 0, "a": 0, "b": 3, "c": 5, "activated": 0, "at-the-ends": 0}  # one mixture has one prefix
+REACH_OF: dict[str, Reach] = {"activated": FromLast((1, 0)), "at-the-ends": PromptEnds(2, 3)}
 
 # (zeros that many prompts begin with, tokens of its own, mixture, new tokens, may reuse)
 requests = st.tuples(
@@ -35,7 +37,7 @@ class SchedulerLaws(RuleBasedStateMachine):
         self.budget = budget
         self.open: dict[int, Sequence] = {}
         self.next_id = 0
-        self.content: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # (block, offset) -> (salt, text so far)
+        self.content: dict[tuple[int, int], tuple[tuple[int, str], ...]] = {}  # (block, offset) -> the course so far
 
     @rule(requests=st.lists(requests, min_size=1, max_size=3))
     def arrive(self, requests: list[tuple[int, list[int], str, int, bool]]) -> None:
@@ -44,7 +46,9 @@ class SchedulerLaws(RuleBasedStateMachine):
             prompt = [0] * head + tail
             assert virtual + len(prompt) + new <= CONTEXT
             self.next_id += 1
-            sequence = Sequence(self.next_id, prompt, len(prompt), new, salt=salt, virtual=virtual, reuse=reuse)
+            reach = REACH_OF.get(salt, EVERYWHERE)
+            phases = course([Term(salt, reach)] if salt else [], prompt, virtual=virtual, virtual_label=salt)
+            sequence = Sequence(self.next_id, prompt, len(prompt), new, phases, virtual, reuse=reuse)
             self.open[sequence.id] = sequence
             self.scheduler.add(sequence)
 
@@ -88,9 +92,13 @@ class SchedulerLaws(RuleBasedStateMachine):
     def place(self, sequence: Sequence, position: int) -> tuple[int, int]:
         return sequence.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE
 
-    def expected(self, sequence: Sequence, position: int) -> tuple[str, tuple[int, ...]]:
-        """KV at a position depends on the mixture and everything up to it."""
-        return sequence.salt, tuple(sequence.span(0, position + 1))
+    def expected(self, sequence: Sequence, position: int) -> tuple[tuple[int, str], ...]:
+        """KV at a position depends on the tokens up to it and on what each of them was computed with."""
+        text = sequence.span(0, position + 1)
+        works = [
+            next(phase.salt for phase in reversed(sequence.course) if phase.start <= at) for at in range(len(text))
+        ]
+        return tuple(zip(text, works, strict=True))
 
     @invariant()
     def blocks_are_neither_lost_nor_owned_while_free(self) -> None:
@@ -131,5 +139,8 @@ def test_a_block_key_depends_on_tokens_parent_and_mixture() -> None:
         block_key(b"mixture", [1, 2, 3]),
         block_key(block_key(b"", [1, 2, 3]), [1, 2, 3]),
         block_key(b"", [VIRTUAL_TOKEN, 2, 3]),
+        block_key(b"", [1, 2, 3], [(0, "a")]),
+        block_key(b"", [1, 2, 3], [(1, "a")]),
+        block_key(b"", [1, 2, 3], [(0, "a"), (1, "b")]),
     }
-    assert len(keys) == 5
+    assert len(keys) == 8

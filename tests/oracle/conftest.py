@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,18 @@ from server.adapters.bank import Bank
 from server.adapters.lowering.table import lower
 from server.adapters.lowering.target import Target
 from server.config import ModelConfig
-from server.engine.pack import block_rows, pack_step
+from server.engine.loop import ProbeLease, course_of
+from server.engine.pack import NO_ROUTES, block_rows, pack_step
+from server.engine.pack_routes import read_shares
 from server.model.load import load_network
 from server.model.network import Network
 from server.policy.blocks import BlockPool
 from server.policy.schedule import Scheduler
 from server.policy.schedule import Sequence as Scheduled
-from server.primitives.graft import Graft
+from server.primitives.experts import Route
+from server.primitives.graft import Graft, prefixed
+from server.primitives.prefix import Prefix
+from server.records import RouteRow
 from tests.oracle.kinds import Row, make_adapter, rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -129,11 +134,20 @@ class Bench:
     steps: int = 0
     mixed_steps: int = 0
     sequences: dict[int, Scheduled] = field(default_factory=dict)
+    shares: dict[int, list[RouteRow]] = field(default_factory=dict)
 
     def target(self) -> Target:
         facts = self.network.facts
         return Target(
-            facts.sites, facts.layers, facts.hidden_size, facts.dtype, facts.device, 64, 64, self.network.weight
+            facts.sites,
+            facts.layers,
+            facts.hidden_size,
+            facts.dtype,
+            facts.device,
+            64,
+            64,
+            self.network.weight,
+            facts.decoder_layers,
         )
 
     def graft(self, folder: Path, kind: str, digest: str = "") -> Graft:
@@ -144,10 +158,29 @@ class Bench:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)
-        return Graft(digest or str(folder), folder.name, lowered.sites, prefix)
+        return Graft(digest or str(folder), folder.name, lowered.sites, prefix, lowered.soft_prompt_VE, lowered.reach)
 
-    def run(self, requests: Sequence[tuple[list[int], list[tuple[Graft, float]]]], new: int = 0) -> list[Tensor]:
-        """All requests in one batch, `new` greedy tokens each: logits (positions, vocabulary) per request."""
+    def joined(self, mixture: Sequence[tuple[Graft, float]]) -> Prefix | None:
+        """What the adapter store does with several prefixes."""
+        prefix: Prefix | None = None
+        for graft in prefixed(mixture):
+            own = graft.prefix
+            if prefix is not None and graft.soft_prompt_VE is not None:
+                own = self.network.compile_prefix(graft.soft_prompt_VE, block_size=self.block_size, after=prefix)
+            assert own is not None
+            prefix = own if prefix is None else prefix.then(own)
+        return prefix
+
+    def run(
+        self,
+        requests: Sequence[tuple[list[int], list[tuple[Graft, float]]]],
+        new: int = 0,
+        routes: Mapping[int, Route] = NO_ROUTES,
+    ) -> list[Tensor]:
+        """All requests in one batch, `new` greedy tokens each: logits (positions, vocabulary) per request.
+
+        `routes` by the request's place; who got what is then in `shares`.
+        """
         pool = BlockPool(self.blocks)
         cache = self.network.new_cache(self.blocks, self.block_size)
         bank = Bank()
@@ -155,8 +188,10 @@ class Bench:
         grafts: dict[int, list[tuple[Graft, float]]] = {}
         logits: dict[int, list[Tensor]] = {}
         for index, (ids, mixture) in enumerate(requests):
-            virtual = sum(graft.virtual_tokens for graft, weight in mixture if weight)
-            sequence = Scheduled(index, list(ids), len(ids), new, virtual=virtual, reuse=False)
+            lease = ProbeLease(tuple(mixture))
+            sequence = Scheduled(
+                index, list(ids), len(ids), new, course_of(lease, ids), lease.virtual_tokens, reuse=False
+            )
             scheduler.add(sequence)
             self.sequences[index] = sequence
             grafts[index], logits[index] = mixture, []
@@ -165,13 +200,17 @@ class Bench:
             assert step.chunks, "the scheduler stands still"
             cache.clear(step.fresh_blocks)
             for chunk in step.chunks:
-                prefix = next((g.prefix for g, w in grafts[chunk.sequence.id] if g.prefix and w), None)
+                prefix = self.joined(grafts[chunk.sequence.id]) if chunk.preload else None
                 if chunk.preload and prefix:
                     cache.load(
                         prefix, chunk.preload, block_rows(chunk.sequence.blocks, *chunk.preload, self.block_size)
                     )
-            packed = pack_step(step, cache, bank, grafts, frozenset(grafts))
+            routed = {c.sequence.id: routes[c.sequence.id] for c in step.chunks if c.sequence.id in routes}
+            packed = pack_step(step, cache, bank, grafts, frozenset(grafts), routes=routed, traced=frozenset(routed))
             out = self.network.forward(packed.batch)
+            if packed.routed is not None:
+                for id_, read in read_shares(packed.routed, frozenset(routed), len(self.network.facts.layers)).items():
+                    self.shares.setdefault(id_, []).extend(read)
             self.steps += 1
             self.mixed_steps += len(step.chunks) > 1
             drawn = {}

@@ -40,6 +40,7 @@ ATTENTION_AND_MLP = {
 DEFAULT = (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "down_proj")
 BIASED_NORMS = ("phi", "gpt2")  # bias="all" would train those, too, which is refused
 CONV1D = ("gpt2",)
+INVOCATION = (7, 9)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Row:
     config: Any
     linear_only: bool = False  # PEFT cannot put it on a Conv1D
     cut: Callable[[PeftModel], None] | None = None
+
+    @property
+    def invoked(self) -> bool:
+        """The adapter sleeps until the prompt holds INVOCATION."""
+        return bool(getattr(self.config, "alora_invocation_tokens", None))
 
     @property
     def virtual(self) -> bool:
@@ -84,6 +90,17 @@ def rows(architecture: str) -> dict[str, Row]:
         ),
         "lora-bias": Row("lora", LoraConfig(r=3, lora_alpha=9, lora_bias=True, target_modules=[first], **lora)),
         "lora-all-biases": Row("lora", LoraConfig(r=3, lora_alpha=6, bias=every, target_modules=[first], **lora)),
+        "alora": Row(
+            "lora",
+            LoraConfig(
+                r=4,
+                lora_alpha=16,
+                alora_invocation_tokens=[*INVOCATION],
+                lora_bias=True,
+                target_modules=targets,
+                **lora,
+            ),
+        ),
         "dora": Row("lora", LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=targets, **lora)),
         "dora-rslora-own-biases": Row(
             "lora",

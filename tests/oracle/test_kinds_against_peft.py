@@ -10,6 +10,7 @@ import torch
 
 from server.primitives.graft import Graft
 from tests.oracle.conftest import ARCHITECTURES, Adapter, Bench, TinyBase
+from tests.oracle.kinds import INVOCATION, Row
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 NEW_TOKENS = 6
@@ -20,6 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of what these ad
 def prompt(seed: int, length: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 128, (length,), generator=generator).tolist()
+
+
+def prompt_of(row: Row, seed: int, length: int) -> list[int]:
+    """A prompt at which the adapter works: an activated one is called twice, and the last call counts."""
+    ids = prompt(seed, length)
+    return [*ids[:2], *INVOCATION, *ids[2:4], *INVOCATION, *ids[4:]] if row.invoked else ids
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -37,7 +44,7 @@ def test_every_kind_in_one_packed_batch_equals_peft_alone(
         texts.append(_greedy(plain, ids))
     base_logits = list(expected)
     for seed, adapter in enumerate(made.values()):
-        ids = prompt(seed, 5 + 2 * (seed % 11))
+        ids = prompt_of(adapter.row, seed, 5 + 2 * (seed % 11))
         requests.append((ids, [(rig.graft(adapter.folder, adapter.row.kind), 1.0)]))
         expected.append(_logits(adapter.peft, ids))
         texts.append(_greedy(adapter.peft, ids))
@@ -65,7 +72,7 @@ def test_a_base_request_is_bit_identical_to_one_in_a_batch_without_adapters(
     requests: list[tuple[list[int], list[tuple[Graft, float]]]] = []
     for seed, adapter in enumerate(adapters(architecture).values()):
         if not adapter.row.virtual:
-            requests.append((prompt(seed, 7), [(rig.graft(adapter.folder, adapter.row.kind), 1.0)]))
+            requests.append((prompt_of(adapter.row, seed, 7), [(rig.graft(adapter.folder, adapter.row.kind), 1.0)]))
             requests.append((prompt(seed, 5), []))
     beside_adapters = rig.run(requests)
     alone = rig.run([(ids, []) for ids, _ in requests])

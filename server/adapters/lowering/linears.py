@@ -21,6 +21,7 @@ from torch import Tensor
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
 from server.primitives.bias import Bias
+from server.primitives.delta import Delta
 from server.primitives.lowrank import LowRank
 from server.primitives.scale import Scale
 from server.primitives.site import SiteShape, SiteValue
@@ -32,9 +33,9 @@ BARE_BIAS = "bias"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What an adapter does at one Linear, in fp32: y = (1 + excess_out) * W ((1 + excess_in) * x) + B A x + bias.
+    """What an adapter does at one Linear, in fp32: y = (1 + excess_out) * W ((1 + excess_in) * x) + B A x + D x + bias.
 
-    The base's own bias is added to that, unscaled. The method's scaling is already inside B.
+    The base's own bias is added to that, unscaled. The method's scaling is already inside B and D.
     """
 
     A_RI: Tensor | None = None
@@ -42,6 +43,7 @@ class Change:
     excess_in_I: Tensor | None = None
     excess_out_O: Tensor | None = None
     bias_O: Tensor | None = None
+    delta: Delta | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,4 +175,5 @@ def _site_value(made: Change, own_bias_O: Tensor | None, target: Target) -> Site
         scale_out=None if made.excess_out_O is None else Scale(target.place(made.excess_out_O)),
         lowrank=lowrank,
         bias=None if made.bias_O is None else Bias(target.place(made.bias_O)),
+        delta=None if made.delta is None else target.place_delta(made.delta),
     )

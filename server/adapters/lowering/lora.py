@@ -1,17 +1,18 @@
-"""LoRA with its options: rsLoRA, DoRA, ranks and alphas by pattern, biases.
+"""LoRA with its options: rsLoRA, DoRA, activated LoRA, ranks and alphas by pattern, biases.
 
 DoRA is m / ||W + s B A|| * (W + s B A), the norm over each row. The row's factor scales the base product and B; the
 base's bias stays as it is. The norm is that of the weight that this server really multiplies with.
 
 r rank, I in, O out.
 Source: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 (arXiv:2312.03732); Liu et al. 2024 (arXiv:2402.09353);
-peft 0.21.2, tuners/lora/layer.py and dora.py.
+Greenewald et al. 2025 (arXiv:2504.12397); peft 0.21.2, tuners/lora/layer.py and dora.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from server.adapters.lowering.linears import Change, Found, lower_linears, pattern_value
 from server.adapters.lowering.target import Lowered, Target
+from server.policy.reach import FromLast
 
 
 def lower_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> Lowered:
@@ -35,7 +37,9 @@ def lower_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target:
             return Change(A_rI, B_Or, bias_O=bias_O)
         return _dora(A_rI, B_Or, magnitude_O=found.take("lora_magnitude_vector", found.outputs), weight=found.weight())
 
-    return lower_linears(config, tensors, target, change=change)
+    lowered = lower_linears(config, tensors, target, change=change)
+    invocation = config.get("alora_invocation_tokens")
+    return replace(lowered, reach=FromLast(tuple(invocation))) if invocation else lowered
 
 
 def _dora(A_rI: Tensor, B_Or: Tensor, *, magnitude_O: Tensor, weight: Tensor) -> Change:

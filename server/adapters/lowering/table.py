@@ -14,6 +14,7 @@ from server.adapters.lowering.hra import lower_hra
 from server.adapters.lowering.ia3 import lower_ia3
 from server.adapters.lowering.loha import lower_loha
 from server.adapters.lowering.lora import lower_lora
+from server.adapters.lowering.lora_moe import lower_lora_moe
 from server.adapters.lowering.miss import lower_miss
 from server.adapters.lowering.prompts import lower_prefix, lower_soft_prompt
 from server.adapters.lowering.target import Lowered, Lowering, Target
@@ -33,6 +34,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "prefix": lower_prefix,
     "prompt": lower_soft_prompt,
     "p-tuning": lower_soft_prompt,
+    "lora-moe": lower_lora_moe,
 }
 
 

@@ -45,6 +45,11 @@ CASES: Mapping[str, Case] = {
         {**LORA, "use_dora": True},
         lambda i, o: {"lora_A.weight": (RANK, i), "lora_B.weight": (o, RANK), "lora_magnitude_vector": (o,)},
     ),
+    "lora-activated": case(
+        "LORA",
+        {**LORA, "alora_invocation_tokens": [5, 6]},
+        lambda i, o: {"lora_A.weight": (RANK, i), "lora_B.weight": (o, RANK)},
+    ),
     "adalora": case(
         "ADALORA",
         {"init_r": RANK, "lora_alpha": 6},

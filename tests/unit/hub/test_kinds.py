@@ -97,6 +97,9 @@ def test_the_output_head_takes_no_adapter(name: str, tmp_path: Path, base: Path)
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
+        ("lora-activated", {"use_dora": True}, "use_dora: cannot stand beside alora_invocation_tokens"),
+        ("lora-activated", {"bias": "all"}, "bias: cannot stand beside alora_invocation_tokens"),
+        ("lora-activated", {"alora_invocation_tokens": [5, 10**6]}, "token 1000000 is not in the base's vocabulary of"),
         ("lora-dora", {"lora_bias": True}, "lora_bias: cannot stand beside use_dora"),
         ("lora-dora", {"init_lora_weights": "mica"}, "init_lora_weights: cannot stand beside use_dora"),
         ("lora-dora", {"use_dora": 1}, "use_dora: must be true or false"),

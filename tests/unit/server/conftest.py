@@ -67,6 +67,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "lora-16": lambda: LoraConfig(r=16, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    "alora": lambda: LoraConfig(
+        r=4, alora_invocation_tokens=[7], target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    ),
     "adalora": lambda: AdaLoraConfig(init_r=4, total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     "vera": lambda: VeraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "loha": lambda: LoHaConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM"),
@@ -193,6 +196,7 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             config.max_rank,
             config.max_virtual,
             network.weight,
+            facts.decoder_layers,
         )
         metrics = Metrics()
         source = Source(hub, describe_base(base, name=str(base)), default_alias=config.default_alias)

@@ -51,4 +51,4 @@ def test_a_folder_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
 def test_tensors_of_another_adapter_are_refused(saved: dict[str, torch.Tensor], tmp_path: Path) -> None:
     save_file(saved, tmp_path / TRAINED)
     with pytest.raises(CheckpointCorrupt, match="does not hold this adapter"):
-        load_trained(torch.nn.Linear(3, 2, bias=False), tmp_path / TRAINED)
+        load_trained(torch.nn.Linear(3, 2, bias=False).state_dict(), tmp_path / TRAINED)

@@ -45,7 +45,7 @@ def test_a_row_counts_as_answered_exactly_when_greedy_generation_gives_it(method
     prompts = [[5 + (7 * i + j) % 250 for j in range(1 + 3 * i)] for i in range(6)]
     right = [asked(prompt, greedy(model, prompt, 4)) for prompt in prompts]
     wrong = [asked(list(row.prompt), [*row.ids[-4:-1], (row.ids[-1] + 1) % 200]) for row in right]
-    sizes = {"pad": 0, "vocabulary": 261}
+    sizes = {"pad": 0, "vocabulary": 261, "collate": METHODS[method].tuner().collate}
     assert evaluate(model, right, **sizes).exact_match == 1.0
     assert evaluate(model, wrong, **sizes).exact_match == 0.0
     assert evaluate(model, [*right[:3], *wrong[3:]], **sizes).exact_match == 0.5

@@ -17,7 +17,7 @@ from trainer.evaluate import evaluate
 from trainer.export import golden_prompts, load_adapter
 from trainer.methods import METHODS
 from trainer.progress import SILENT, Step
-from trainer.recipe import Recipe, parse_recipe, read_fields
+from trainer.recipe import Recipe, method_of, parse_recipe, read_fields
 from trainer.train import Workshop, adapted, plan_of, prepare, train, work_folder
 
 EXACT_LOGITS = 0.0  # the same torch operations on the same machine
@@ -34,6 +34,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prefix": {"virtual_tokens": 3, "projection": True},
     "prompt": {"virtual_tokens": 3},
     "p-tuning": {"virtual_tokens": 3, "encoder": "lstm", "encoder_dropout": 0.3},
+    "bottleneck": {"style": "compacter", "size": 4, "terms": 2, "scaling": "learned", "dropout": 0.3},
+    "loreft": {"rank": 2, "positions": "f2+l3", "dropout": 0.3},
+    "lt-sft": {"density": 0.01, "search_steps": 4},
+    "diff-pruning": {"density": 0.02, "search_steps": 8},
 }
 
 
@@ -179,11 +183,12 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_measured(
     method: str, sizes: dict[str, Any], make_base: Any, chats: Path, tmp_path: Path
 ) -> None:
     """Oracle: TRL's head, which computes learnt positions only, against cross-entropy over all logits."""
-    wanted = recipe(method, make_base(**sizes), chats, options={}, steps=1, batch_size=36)
+    wanted = recipe(method, make_base(**sizes), chats, options={}, steps=2, batch_size=36)
     base = open_base(wanted.base)
     lesson = prepare(wanted, load_dataset(wanted), base, plan_of(wanted, base), SILENT)
     model = adapted(wanted, base, torch.device("cpu"))
-    measured = evaluate(model, lesson.train, pad=base.pad, vocabulary=261).loss
+    collate = method_of(wanted).tuner().collate
+    measured = evaluate(model, lesson.train, pad=base.pad, vocabulary=261, collate=collate).loss
     watch = StopAt(-1)
     train(wanted, tmp_path / "out", report=watch)
     assert watch.steps[0].loss == pytest.approx(measured, rel=SAME_SUMS)

@@ -84,8 +84,6 @@ def test_mixtures_without_an_exact_sum_are_refused_by_name(
 
     async def work() -> None:
         async with rig(max_terms=3, max_weight=10) as server:
-            both = await refused(server, ("prefix", 1.0), ("prompt", 1.0))
-            assert "prefix@1 and prompt@1" in both.message
             half = await refused(server, ("prefix", 0.5))
             assert "weight 0.5 on prefix@1" in half.message
             cross = await refused(server, ("ia3-in", 1.0), ("ia3", 1.0))
@@ -95,8 +93,65 @@ def test_mixtures_without_an_exact_sum_are_refused_by_name(
             assert "4 adapters is above the limit of 3" in many.message
             for weight in (11.0, float("nan"), float("inf")):
                 assert isinstance(await refused(server, ("lora", weight)), InvalidValue)
+            twice = await refused(server, ("prefix", 1.0), ("prefix@1", 1.0))
+            assert "weight 2 on prefix@1" in twice.message
             left_out, _ = await server.ask(PROMPT, ("prefix", 0.0), ("prompt", 0.0))
             assert left_out == (await server.ask(PROMPT))[0]
+
+    run(work())
+
+
+def test_several_prefixes_stand_in_the_order_written_and_are_counted(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("prefix", "prompt", "lora"):
+        hub.push(adapter(kind, 1), kind)
+    alone = ("prefix", "prompt")
+
+    async def work() -> None:
+        async with rig() as server:
+            one_way, first = await server.ask(PROMPT, ("prefix", 1.0), ("prompt", 1.0))
+            other_way, second = await server.ask(PROMPT, ("prompt", 1.0), ("prefix", 1.0))
+            again, third = await server.ask(PROMPT, ("prefix", 1.0), ("prompt", 1.0))
+            beside, _ = await server.ask(PROMPT, ("lora", 0.5), ("prefix", 1.0), ("prompt", 1.0))
+            assert one_way == again != other_way
+            assert beside not in (one_way, other_way)
+            assert (first.cached_tokens, second.cached_tokens) == (0, 0)
+            assert third.cached_tokens > 0
+            sizes = {status.name: status.bytes for status in server.store.resident()}
+        room = sum(sizes[kind] for kind in alone)
+        async with rig(cache_bytes=room) as server:
+            monkeypatch.setattr("server.adapters.store.ROOM_TIMEOUT_S", 0.05)
+            full = await refused(server, ("prefix", 1.0), ("prompt", 1.0))
+            assert "prefix@1 and prompt@1 needs" in full.message
+        async with rig(cache_bytes=room + 3 * sizes["prefix"]) as server:
+            await server.ask(PROMPT, ("prefix", 1.0), ("prompt", 1.0))
+            await server.ask(PROMPT, ("prompt", 1.0), ("prefix", 1.0))
+            assert {status.leases for status in server.store.resident()} == {0}
+        async with rig(max_virtual=9) as server:
+            long = await refused(server, ("prefix", 1.0), ("prompt", 1.0))
+            assert "virtual tokens, the limit is 9" in long.message
+
+    run(work())
+
+
+def test_an_activated_adapter_shares_the_bases_kv_up_to_its_invocation_and_is_refused_without_one(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
+) -> None:
+    hub.push(adapter("alora", 1), "bot")
+    before, called = [3, 9, 4, 11, 5, 6, 2, 8], [7, 1, 13]
+
+    async def work() -> None:
+        async with rig() as server:
+            bare, _ = await server.ask([*before, *called])
+            woken, end = await server.ask([*before, *called], ("bot", 1.0))
+            assert woken != bare
+            assert end.cached_tokens == len(before)
+            _, end = await server.ask([*before, *called, *called], ("bot", 1.0))
+            assert end.cached_tokens == len(before), "the first call is no call in the longer prompt"
+            with pytest.raises(InvalidValue, match="bot@1 works from its invocation tokens on"):
+                await server.ask(before, ("bot", 1.0))
+            assert server.store.resident()[0].leases == 0
 
     run(work())
 
@@ -224,7 +279,7 @@ def test_every_kind_goes_from_the_hub_through_its_golden_rows_into_service(
     async def work() -> None:
         async with rig() as server:
             assert (await server.ask(PROMPT, ("good", 1.0)))[0] != (await server.ask(PROMPT))[0]
-            assert server.store.resident()[0].kind == ("lora" if kind == "dora" else kind)
+            assert server.store.resident()[0].kind == ("lora" if kind in ("dora", "alora") else kind)
             assert "golden row 0 is off by" in (await refused(server, ("bad", 1.0))).message
 
     run(work())

@@ -21,6 +21,7 @@ from server.errors import (
     QueueFull,
     ServerError,
 )
+from server.primitives.experts import Route
 from server.primitives.graft import Graft
 from server.records import (
     AdapterTerm,
@@ -56,6 +57,14 @@ class FakeLease:
     @property
     def grafts(self) -> Sequence[tuple[Graft, float]]:
         return ()
+
+    @property
+    def route(self) -> Route | None:
+        return None
+
+    @property
+    def prefix(self) -> None:
+        return None
 
     @property
     def virtual_tokens(self) -> int:
@@ -129,7 +138,7 @@ class FakeEngine:
         self.open = 0
         self.requests: list[GenerationRequest] = []
         self.leased: list[Mixture] = []
-        self._seen: set[tuple[str, tuple[int, ...]]] = set()
+        self._seen: set[tuple[frozenset[tuple[str, float]], tuple[int, ...]]] = set()
 
     def submit(self, request: GenerationRequest, lease: Lease) -> FakeStream:
         if self.bug is not None:
@@ -159,7 +168,7 @@ class FakeEngine:
 
     def cached(self, request: GenerationRequest) -> int:
         """A prompt that was seen before under the same mixture is in the cache, but for its last token."""
-        key = (request.mixture.salt, request.prompt_ids)
+        key = (frozenset((term.digest, term.weight) for term in request.mixture.terms), request.prompt_ids)
         known = key in self._seen
         self._seen.add(key)
         return len(request.prompt_ids) - 1 if known else 0

@@ -1,0 +1,95 @@
+"""An adapter of a kind that PEFT lacks, put on a stock network: `attach(model, folder)` loads what training saved.
+
+The table of these kinds, by `peft_type`, and the two files of each. What is attached behaves like a PeftModel: the
+network is called as before, and `model.disable_adapter()` is a context without the adapter.
+Never reads a pickle, never changes a weight of the base.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.modules.bottleneck import Bottlenecks
+from trainer.modules.loreft import Interventions
+from trainer.modules.sparse import SparseChanges, loaded_config
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+
+
+class Graft(Protocol):
+    """A module that has hooked itself into a network. Its tensors are those of the file."""
+
+    active: bool
+
+    def start(self) -> None: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+    def config(self) -> Mapping[str, Any]: ...
+
+    def before_step(self) -> None: ...
+
+    def after_step(self, optimizer: Any, step: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """`build` puts the untrained module on a network; `loaded` makes its config of the one that was saved."""
+
+    build: Callable[[Any, Mapping[str, Any]], Any]
+    loaded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "BOTTLENECK": Family(Bottlenecks),
+    "LOREFT": Family(Interventions),
+    "SPARSE": Family(SparseChanges, loaded_config),
+}
+
+
+def attach(model: Any, folder: Path) -> Any:
+    """Put a saved adapter on a stock network, in evaluation mode: one of ours by its module, any other by PEFT."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    family = FAMILIES.get(config["peft_type"])
+    if family is None:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    graft = put_on(model, family.build(model, family.loaded(config)))
+    graft.fill(load_file(folder / WEIGHTS))
+    return model.eval()
+
+
+def put_on(model: Any, graft: Any) -> Any:
+    """Register a module with its network, where the optimizer and `eval()` find it."""
+
+    @contextmanager
+    def disable_adapter() -> Iterator[None]:
+        graft.active = False
+        try:
+            yield
+        finally:
+            graft.active = True
+
+    model.graft = graft.to(device=model.device, dtype=torch.float32)
+    model.disable_adapter = disable_adapter
+    return graft
+
+
+def write(graft: Graft, folder: Path, base_name: str) -> None:
+    """The two files, the same bytes for the same adapter."""
+    config = {**graft.config(), "base_model_name_or_path": base_name, "inference_mode": True}
+    tensors = {name: value.cpu().clone().contiguous() for name, value in sorted(graft.tensors().items())}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
