@@ -9,6 +9,9 @@ Source: why mean and scale, Ethayarajh 2019 (arXiv:1909.00512); the figures that
 centroids are in docs/decisions/0021-prompts-are-embedded-by-the-base.md.
 """
 
+import json
+import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,12 +25,14 @@ from torch.nn.functional import normalize
 
 from hub.base import describe_base
 from hub.centroids import POOLING, SCHEMA_VERSION, embedding_layer
-from hub.manifest import CENTROID_TENSORS_FILE, CENTROIDS_FILE
-from trainer.base import OpenBase
-from trainer.data import Chat, Content, Message
-from trainer.encode import render
+from hub.manifest import CENTROID_TENSORS_FILE, CENTROIDS_FILE, CONFIG_FILE
+from trainer.base import DEFAULT_MAX_LENGTH, OpenBase, choose_device, open_base
+from trainer.data import Chat, Content, Message, read_rows
+from trainer.encode import encode_rows, render
+from trainer.errors import DataMissing, DataUnusable
 from trainer.export import write_json
 from trainer.probes import PROBES
+from trainer.recipe import DataSource
 
 Form = Literal["chat", "text"]  # how the prompts were written out: the same is done with the probes
 Prompt = tuple[int, ...]
@@ -71,6 +76,31 @@ def write_centroids(model: Any, folder: Path, base: OpenBase, prompts: Sequence[
     }
     write_json(folder / CENTROIDS_FILE, record)
     return True
+
+
+def add_centroids(folder: Path, data: str, *, base: str | None, max_length: int | None, device: str) -> int:
+    """Make the centroids of an adapter that was made elsewhere; how many prompts they stand for.
+
+    Raises: TrainError and its leaves; HubError if the base is not found.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataMissing(f"{folder} is no adapter: its {CONFIG_FILE} cannot be read") from None
+    opened = open_base(base or str(config.get("base_model_name_or_path")))
+    rows = read_rows(DataSource(path=data), "train", 0).rows
+    if not rows:
+        raise DataUnusable(f"{data} has no rows")
+    longest = max_length or opened.anatomy.context or DEFAULT_MAX_LENGTH
+    encoded = encode_rows(rows, opened.tokenizer, max_length=longest, ends=opened.ends)
+    prompts = [row.prompt for row in encoded.rows]
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
+        model = opened.load_weights(choose_device(device))
+        if not write_centroids(model, Path(aside), opened, prompts, form_of(rows[0].content)):
+            raise DataUnusable(f"{data} has fewer than {FEWEST_PROMPTS} different prompts")
+        for name in (CENTROID_TENSORS_FILE, CENTROIDS_FILE):
+            (Path(aside) / name).replace(folder / name)
+    return min(len(set(prompts)), MOST_PROMPTS)
 
 
 def spread(items: Sequence[Prompt], most: int) -> list[Prompt]:

@@ -212,6 +212,8 @@ class EngineLoop:
             raise QueueFull(f"{self._open} requests are open, the limit is {limit}", retry_after_s=1.0)
         if request.return_routing and lease.route is None:
             raise InvalidValue("return_routing: this request is not routed token by token", param="return_routing")
+        if request.embed and not self._network.facts.decoder_layers:
+            raise InvalidValue("the layers of this base could not be told apart, so it embeds nothing", param="model")
         if request.return_routing and not self._network.facts.decoder_layers:
             raise InvalidValue(
                 "return_routing: the layers of this base could not be told apart", param="return_routing"

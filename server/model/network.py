@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.errors import StartupRefused
 from server.model.attention import AttentionPlan, Span
 from server.model.grafted import GraftedLinear
 from server.model.kv import KvCache
@@ -56,7 +55,6 @@ class BaseFacts:
 class Network:
     def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active) -> None:
         self._stock = stock
-        self._middle = decoder_layers(stock, len(facts.layers))[len(facts.layers) // 2]
         self._active = active
         self.facts = facts
 
@@ -74,13 +72,17 @@ class Network:
         return out.logits[0].float()
 
     def forward_with_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The logits of `forward`, and the hidden states (T, E) that enter the middle layer, in fp32."""
+        """The logits of `forward`, and the hidden states (T, E) that enter the middle layer, in fp32.
+
+        Only where the base's layers could be told apart.
+        """
+        layers = self.facts.decoder_layers
         seen: list[Tensor] = []
 
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(args[0] if args else kwargs["hidden_states"])
 
-        watching = self._middle.register_forward_pre_hook(look, with_kwargs=True)
+        watching = self._stock.get_submodule(layers[len(layers) // 2]).register_forward_pre_hook(look, with_kwargs=True)
         try:
             logits_RV = self.forward(batch)
         finally:
@@ -118,15 +120,6 @@ class Network:
     def new_cache(self, blocks: int, block_size: int) -> KvCache:
         facts = self.facts
         return KvCache(facts.layers, blocks=blocks, block_size=block_size, dtype=facts.dtype, device=facts.device)
-
-
-def decoder_layers(stock: nn.Module, depth: int) -> nn.ModuleList:
-    """The base's own list of its layers: the outermost list of that length. Raises: StartupRefused."""
-    lists = [(name.count("."), name, module) for name, module in stock.named_modules() if type(module) is nn.ModuleList]
-    found = min(((dots, name, module) for dots, name, module in lists if len(module) == depth), default=None)
-    if found is None:
-        raise StartupRefused(f"the base has no list of its {depth} layers, so its hidden states cannot be read")
-    return found[2]
 
 
 def span_plan(cache: KvCache, chunks: Sequence[tuple[int, int, Sequence[int]]]) -> AttentionPlan:
