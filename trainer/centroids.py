@@ -10,15 +10,12 @@ centroids are in docs/decisions/0021-prompts-are-embedded-by-the-base.md.
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -52,7 +49,10 @@ def form_of(content: Content) -> Form:
 
 
 def write_centroids(model: Any, folder: Path, base: OpenBase, prompts: Sequence[Prompt], form: Form) -> bool:
-    """Write where the prompts lie; False, and nothing, where they are too few. `model` may carry an adapter."""
+    """Write where the prompts lie; False, and nothing, where they are too few.
+
+    `model` is the bare base, or has its adapter disabled meanwhile.
+    """
     chosen = spread(list(dict.fromkeys(prompts)), MOST_PROMPTS)
     if len(chosen) < FEWEST_PROMPTS:
         return False
@@ -119,15 +119,13 @@ def probe_prompts(base: OpenBase, form: Form) -> list[Prompt]:
 
 
 def embed(model: Any, prompts: Sequence[Prompt], layer: int, *, pad: int) -> Tensor:
-    """The embeddings (N, E) of prompts by the base under any adapter, in fp64 on the CPU."""
-    network = model.get_base_model() if isinstance(model, PeftModel) else model
-    bare = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    """The embeddings (N, E) of prompts, in fp64 on the CPU."""
     found: dict[int, Tensor] = {}
-    with bare, torch.inference_mode():
+    with torch.inference_mode():
         for places in batches(prompts):
             ids, mask = padded([prompts[place] for place in places], pad)
             ids, mask = ids.to(model.device), mask.to(model.device)
-            states = network(
+            states = model(
                 input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True, logits_to_keep=1
             ).hidden_states[layer]
             sums = (states.double() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
