@@ -180,7 +180,10 @@ class AdapterStore:
         return HeldLease(self, Mixture(tuple(described), routed[0]), held, join, routed[1])
 
     async def nearest(self, candidates: Sequence[str], embed: Embed) -> PromptChoice:
-        found = [await self._named_candidate(text) for text in candidates] if candidates else await self._candidates()
+        if candidates:
+            found = [await self._named_candidate(text) for text in candidates]
+        else:
+            found = [candidate async for candidate in self._each_candidate()]
         if not found:
             return tell((), None)
         ranked = rank(found, await embed(), self._config.auto_threshold)
@@ -198,7 +201,9 @@ class AdapterStore:
         return tell(ranked, None)
 
     async def routable(self) -> bool:
-        return bool(await self._candidates())
+        async for _ in self._each_candidate():
+            return True
+        return False
 
     async def _named_candidate(self, text: str) -> Candidate:
         resolution = await self._serving(self._named.get(text, text))
@@ -211,9 +216,8 @@ class AdapterStore:
             )
         return Candidate(text, centroids)
 
-    async def _candidates(self) -> list[Candidate]:
+    async def _each_candidate(self) -> AsyncGenerator[Candidate, None]:
         """Every name under its default alias that has centroids; what is known to fail here is left out."""
-        found = []
         for name, listed in (await self._catalogue.names()).items():
             pointer = self._pointers.get((name, self._config.default_alias))
             resolution = pointer.serving if pointer else listed
@@ -225,8 +229,7 @@ class AdapterStore:
                 log.warning("semantic routing leaves %s out: %s", name, error.message)
                 continue
             if centroids is not None:
-                found.append(Candidate(name, centroids))
-        return found
+                yield Candidate(name, centroids)
 
     async def _serving(self, reference: str) -> Resolution:
         """What a reference means here today."""
