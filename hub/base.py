@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from hub.digest import sha256_of, sha256_of_stream
 from hub.errors import BadTensors, BaseNotFound, BaseUnusable
+from hub.experts import Parameter, experts_of
 from hub.ref import SLUG, printable
 from hub.strict_json import BadJson, canonical, parse
 from hub.tensors import TensorEntry, read_header
@@ -34,15 +35,22 @@ _FETCHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt
 _HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _SNAPSHOT = re.compile(r"[0-9a-f]{40}")
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "wpe", "embed_positions", "position_embeddings", "word_embeddings"})
+_EMBEDDINGS = frozenset(
+    {"embed_tokens", "wte", "wpe", "embed_positions", "position_embeddings", "word_embeddings", "embed_in"}
+)
 _QUANTISED_DTYPES = frozenset({"U8", "I32"})
 
 # GPT-2 stores Linear layers as Conv1D: the weight is (in, out), and checkpoints may lack the prefix.
 _CONV1D_LAYERS = {"gpt2": frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})}
-_PREFIX = {"gpt2": "transformer."}
+_PREFIX = {"gpt2": "transformer.", "gpt_neox": "gpt_neox."}
+# What transformers 5.23 renames as it loads a checkpoint.
+_RENAMED = {"gpt_neox": ("embed_out.", "lm_head."), "mixtral": (".block_sparse_moe.", ".mlp.")}
 # Sizes that a config.json may leave out, with the defaults of transformers 5.23.
-_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32, "gemma2": 4}
-_HEAD_DIM = {"qwen3": 128, "gemma2": 256}
+_KV_HEADS = {
+    "mistral": 8, "qwen2": 32, "qwen3": 32, "gemma": 16, "gemma2": 4, "gemma3_text": 4, "smollm3": 4,
+    "starcoder2": 2, "mixtral": 8, "qwen3_moe": 4, "gpt_oss": 8,
+}  # fmt: skip
+_HEAD_DIM = {"qwen3": 128, "gemma": 256, "gemma2": 256, "gemma3_text": 256, "gpt_oss": 64}
 _GPT2_NAMES = {
     "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
     "intermediate_size": "n_inner",
@@ -65,12 +73,14 @@ class Base(BaseModel):
     intermediate_size: int | None
     vocab_size: int
     tokenizer: str | None
+    experts: int | None = None  # of each layer of a mixture of experts
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def fingerprint(self) -> str:
-        """sha256 over everything but the name and the revision."""
-        return sha256_of(canonical(self.model_dump(exclude={"name", "revision", "fingerprint"})))
+        """sha256 over everything but the name and the revision; experts count where there are any."""
+        left_out = {"name", "revision", "fingerprint"} | ({"experts"} if self.experts is None else set())
+        return sha256_of(canonical(self.model_dump(exclude=left_out)))
 
     @property
     def kv_width(self) -> int:
@@ -88,11 +98,25 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Modules:
-    """Every module of a base that has a weight, by the name that PEFT matches: Linear layers, and all others."""
+    """Every module of a base that has a weight, by the name that PEFT matches: Linear layers, and all others.
+
+    `parameters` are the weights of routers and experts, which are among the others, by their full names.
+    """
 
     linears: Mapping[str, Linear]
     others: frozenset[str]
     biased: frozenset[str] | None = None  # those with a bias; None where the description does not tell
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a base: its file, its name there, and what it is."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def embedded_bases() -> tuple[str, ...]:
@@ -146,6 +170,7 @@ def describe_base(folder: Path, *, name: str | None = None) -> Base:
     )
     head_dim = _optional(config, "head_dim", folder) or _HEAD_DIM.get(model_type) or hidden // heads
     inner = _optional(config, "intermediate_size", folder)
+    all_modules = modules(folder)
     base = Base(
         name=name if name is not None else name_of(folder),
         revision=folder.name if folder.parent.name == "snapshots" and _SNAPSHOT.fullmatch(folder.name) else None,
@@ -158,8 +183,9 @@ def describe_base(folder: Path, *, name: str | None = None) -> Base:
         intermediate_size=4 * hidden if inner is None and model_type == "gpt2" else inner,
         vocab_size=_size(config, "vocab_size", folder),
         tokenizer=_tokenizer(folder),
+        experts=max((found.experts for found in all_modules.parameters.values()), default=None),
     )
-    check_against_weights(base, modules(folder))
+    check_against_weights(base, all_modules)
     return base
 
 
@@ -182,25 +208,37 @@ def modules(folder: Path) -> Modules:
     """
     config = _config(folder)
     model_type = str(config.get("model_type"))
+    tensors = {_loaded_name(entry.name, model_type): entry for entry in _entries(folder)}
+    mixture = experts_of(model_type, tensors, shown=_shown(folder))
     linears: dict[str, Linear] = {}
-    others: set[str] = set()
-    biased: set[str] = set()
-    for entry in _entries(folder):
-        if entry.name.endswith(".bias") and len(entry.shape) == 1:  # GPT-2 calls its mask a bias, too
-            biased.add(_module_name(entry.name.removesuffix(".bias"), model_type))
-        if not entry.name.endswith(".weight"):
+    others = set(mixture.modules)
+    biased = set(mixture.biased)
+    for name, entry in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part == "bias" and len(entry.shape) == 1:  # GPT-2 calls its mask a bias, too
+            biased.add(module)
+        if part != "weight" or name in mixture.taken:
             continue
-        name = _module_name(entry.name.removesuffix(".weight"), model_type)
-        leaf = name.rpartition(".")[2]
+        leaf = module.rpartition(".")[2]
         if len(entry.shape) != 2 or leaf in _EMBEDDINGS:
-            others.add(name)
+            others.add(module)
             continue
         if entry.dtype in _QUANTISED_DTYPES:
-            raise BaseUnusable(f"{_shown(folder)}: {name} is stored quantised ({entry.dtype}); name the full base")
-        linears[name] = _linear(entry.shape, conv1d=leaf in conv1d_layers(model_type))
+            raise BaseUnusable(f"{_shown(folder)}: {module} is stored quantised ({entry.dtype}); name the full base")
+        linears[module] = _linear(entry.shape, conv1d=leaf in conv1d_layers(model_type))
     if "lm_head" not in linears:  # tied to the embedding, so not stored again
         linears["lm_head"] = Linear(_size(config, "hidden_size", folder), _size(config, "vocab_size", folder))
-    return Modules(linears, frozenset(others), frozenset(biased))
+    return Modules(linears, frozenset(others), frozenset(biased), mixture.parameters)
+
+
+def stored_tensors(folder: Path) -> Mapping[str, StoredTensor]:
+    """Where each tensor of a base lies, by the name that it has in the loaded causal LM. Raises: BaseUnusable."""
+    model_type = str(_config(folder).get("model_type"))
+    return {
+        _loaded_name(entry.name, model_type): StoredTensor(path, entry.name, entry.shape, entry.dtype)
+        for path in _weight_files(folder)
+        for entry in _header(path, folder)
+    }
 
 
 def conv1d_layers(model_type: str) -> frozenset[str]:
@@ -208,10 +246,11 @@ def conv1d_layers(model_type: str) -> frozenset[str]:
     return _CONV1D_LAYERS.get(model_type, frozenset())
 
 
-def _module_name(stored: str, model_type: str) -> str:
-    """Checkpoints of the network without its head lack the prefix that the causal LM gives."""
+def _loaded_name(stored: str, model_type: str) -> str:
+    """A tensor's name in the loaded causal LM: checkpoints of the network without its head lack the prefix."""
+    stored = stored.replace(*_RENAMED[model_type]) if model_type in _RENAMED else stored
     prefix = _PREFIX.get(model_type, "model.")
-    return stored if stored.startswith(prefix) or stored == "lm_head" else prefix + stored
+    return stored if stored.startswith((prefix, "lm_head.")) else prefix + stored
 
 
 def _linear(shape: tuple[int, ...], *, conv1d: bool) -> Linear:

@@ -18,5 +18,7 @@ Kind = Literal[
     "prompt",
     "p-tuning",
     "lora-moe",
+    "bottleneck",
+    "loreft",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)

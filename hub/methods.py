@@ -9,12 +9,14 @@ from typing import Any
 
 from hub.families.adalora import ADALORA
 from hub.families.beft import BEFT
+from hub.families.bottleneck import BOTTLENECK
 from hub.families.delora import DELORA
 from hub.families.hra import HRA
 from hub.families.ia3 import IA3
 from hub.families.loha import LOHA
 from hub.families.lora import LORA
 from hub.families.lora_moe import LORA_MOE
+from hub.families.loreft import LOREFT
 from hub.families.method import Complaint, Config, Method
 from hub.families.miss import MISS
 from hub.families.prompts import P_TUNING, PREFIX, PROMPT
@@ -23,7 +25,23 @@ from hub.ref import printable
 
 METHODS: Mapping[str, Method] = {
     method.peft_type: method
-    for method in (LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT, PREFIX, PROMPT, P_TUNING, LORA_MOE)
+    for method in (
+        LORA,
+        ADALORA,
+        VERA,
+        LOHA,
+        HRA,
+        MISS,
+        DELORA,
+        IA3,
+        BEFT,
+        PREFIX,
+        PROMPT,
+        P_TUNING,
+        BOTTLENECK,
+        LOREFT,
+        LORA_MOE,
+    )
 }
 
 # Why a kind that people have is not in the table.

@@ -20,6 +20,7 @@ from hub.manifest import Manifest
 SHORT_DIGEST = len("sha256:") + 12
 # Wide enough that nothing is cut when the output goes into a file or a pipe.
 PIPE_COLUMNS = 240
+_SHOWN_ITEMS = 6
 _UNITS = ("kB", "MB", "GB", "TB")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -72,7 +73,8 @@ def version_table(version: Version, manifest: Manifest, *, name: str, aliases: S
         "parameters": f"{manifest.parameters:,}",
         "size": f"{size(manifest.bytes)}  ({manifest.bytes:,} bytes)",
         "exact": "yes" if manifest.exact else f"no, measured error {manifest.error}",
-        "parents": ", ".join(manifest.parents) or None,
+        "made by": _making(manifest.recipe),
+        "parents": _parents(manifest),
         "data": _text(manifest.data_digest),
         "metrics": _pairs(manifest.metrics),
         "files": "\n".join(f"{entry.path}  {size(entry.size)}" for entry in manifest.files),
@@ -164,11 +166,30 @@ def _numbers(numbers: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
+def _parents(manifest: Manifest) -> str | None:
+    """A parent a line, with its weight where the recipe tells it."""
+    lineage = (manifest.recipe or {}).get("lineage")
+    if not lineage:
+        return ", ".join(manifest.parents) or None
+    return "\n".join(f"{item['name']}@{item['version']} * {item['weight']:g}  {item['digest']}" for item in lineage)
+
+
+def _making(recipe: Mapping[str, Any] | None) -> str | None:
+    """The method of a fusion and its settings."""
+    fusion = (recipe or {}).get("fusion")
+    if not isinstance(fusion, dict) or not fusion:
+        return None
+    settings = " ".join(f"{key}={_text(value)}" for key, value in fusion.items() if key != "method")
+    return " ".join(["fuse", str(_text(fusion.get("method"))), settings]).strip()
+
+
 def _pairs(metrics: Mapping[str, Any] | None) -> str | None:
     return None if not metrics else "\n".join(f"{key} = {_text(value)}" for key, value in sorted(metrics.items()))
 
 
 def _text(value: Any) -> str | None:
+    if isinstance(value, dict | list) and len(value) > _SHOWN_ITEMS:
+        return f"{len(value)} entries, which --json shows"
     return None if value is None else _one_line(f"{value:.6g}" if isinstance(value, float) else str(value))
 
 

@@ -7,6 +7,7 @@ Law: whatever the bytes in the folder, the outcome is a Manifest or Refused, nev
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -45,7 +46,7 @@ from hub.methods import (
     shapes_are_told,
     virtual_tokens,
 )
-from hub.ref import printable
+from hub.ref import is_name, printable
 from hub.strict_json import BadJson, parse, readable
 from hub.targets import matching_complaint
 from hub.weights import Scan, golden_problems, scan_centroids, scan_golden, scan_weights
@@ -321,12 +322,27 @@ def _recipe_problems(recipe: dict[str, Any]) -> list[Problem]:
     parents = recipe.get("parents")
     if parents is not None and not (isinstance(parents, list) and all(_is_digest(item) for item in parents)):
         problems.append(Problem(RECIPE_FILE, "parents", "must be a list of digests, sha256: and 64 of 0-9 a-f"))
+    lineage = recipe.get("lineage")
+    if lineage is not None and not _is_lineage(lineage, parents):
+        reason = "must name each of parents in order, as {name, version, digest, weight}"
+        problems.append(Problem(RECIPE_FILE, "lineage", reason))
     data = recipe.get("data")
     if data is not None and not isinstance(data, dict):
         problems.append(Problem(RECIPE_FILE, "data", "must be an object"))
     elif data is not None and not isinstance(data.get("digest"), str | None):
         problems.append(Problem(RECIPE_FILE, "data", "must have a text as its digest"))
     return problems
+
+
+def _is_lineage(lineage: Any, parents: Any) -> bool:
+    return (
+        isinstance(lineage, list)
+        and all(isinstance(item, dict) and set(item) == {"name", "version", "digest", "weight"} for item in lineage)
+        and all(isinstance(item["name"], str) and is_name(item["name"]) for item in lineage)
+        and all(type(item["version"]) is int and item["version"] > 0 for item in lineage)
+        and all(type(item["weight"]) in (int, float) and math.isfinite(item["weight"]) for item in lineage)
+        and [item["digest"] for item in lineage] == parents
+    )
 
 
 def _is_digest(value: Any) -> bool:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, mo
 from hub.base import Base, Linear, Modules
 from hub.contract import Event
 from hub.errors import BadTensors, HubError, HubUnavailable, Problem, Refused, UploadBusy
+from hub.experts import Parameter
 from hub.keys import MAX_LIFE_S
 from hub.ref import printable
 
@@ -32,6 +33,7 @@ Bytes = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 _Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 _Module = Annotated[str, Field(min_length=1, max_length=MAX_MODULE_NAME)]
 _Linear = Annotated[list[_Size], Field(min_length=2, max_length=2)]
+_Parameter = Annotated[list[_Size], Field(min_length=3, max_length=3)]
 
 
 def _few_complaints(value: Any) -> Any:
@@ -100,20 +102,28 @@ class BaseBody(Body):
     intermediate_size: _Size | None
     vocab_size: _Size
     tokenizer: Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")] | None
+    experts: _Size | None = None
 
     def record(self) -> Base:
         return Base(**self.model_dump())
 
 
 class ModulesBody(Body):
-    """The base's modules: (inputs, outputs) of each Linear, and the names of all others."""
+    """The base's modules: (inputs, outputs) of each Linear, and the names of all others.
+
+    Among those are the routers and experts of a mixture, with (experts, inputs, outputs) of each of their weights.
+    """
 
     linears: Annotated[dict[_Module, _Linear], Field(max_length=MAX_MODULES), BeforeValidator(_few_complaints)]
     others: Annotated[list[_Module], Field(max_length=MAX_MODULES), FailFast()]
+    parameters: Annotated[
+        dict[_Module, _Parameter], Field(max_length=MAX_MODULES), BeforeValidator(_few_complaints)
+    ] = {}
 
     def record(self) -> Modules:
         linears = {name: Linear(inputs, outputs) for name, (inputs, outputs) in self.linears.items()}
-        return Modules(linears, frozenset(self.others))
+        parameters = {name: Parameter(*sizes) for name, sizes in self.parameters.items()}
+        return Modules(linears, frozenset(self.others), parameters=parameters)
 
 
 class CommitBody(Body):
@@ -148,12 +158,18 @@ class KeyBody(Body):
 
 def commit_body(base: Base, modules: Modules, *, aliases: list[str], note: str) -> dict[str, Any]:
     """The JSON of a `CommitBody`."""
+    listed: dict[str, Any] = {
+        "linears": {name: [linear.inputs, linear.outputs] for name, linear in modules.linears.items()},
+        "others": sorted(modules.others),
+    }
+    if modules.parameters:  # a registry of before knows no such field, and needs it for mixtures of experts only
+        listed["parameters"] = {
+            name: [one.experts, one.inputs, one.outputs] for name, one in modules.parameters.items()
+        }
+    left_out = {"fingerprint"} | ({"experts"} if base.experts is None else set())
     return {
-        "base": base.model_dump(exclude={"fingerprint"}),
-        "modules": {
-            "linears": {name: [linear.inputs, linear.outputs] for name, linear in modules.linears.items()},
-            "others": sorted(modules.others),
-        },
+        "base": base.model_dump(exclude=left_out),
+        "modules": listed,
         "aliases": aliases,
         "note": note,
     }

@@ -76,6 +76,9 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
         max_rank=config.adapters.max_rank,
         max_virtual=min(config.adapters.max_virtual, engine.max_model_len // 2),
         weight=network.weight,
+        norms=facts.norms,
+        embedding=facts.embedding,
+        places=facts.places,
         decoder_layers=facts.decoder_layers,
     )
     source = Source(hub, base, default_alias=config.adapters.default_alias, allow=config.adapters.allow)

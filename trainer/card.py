@@ -1,4 +1,4 @@
-"""The README.md of an exported adapter: a short model card that the Hugging Face Hub also reads."""
+"""The README.md of an adapter that was trained, fused or extracted: a card that the Hugging Face Hub also reads."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -36,4 +36,66 @@ def write_card(recipe: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
         rows=data["rows"],
         digest=data["digest"],
         **metrics,
+    )
+
+
+FUSION: Final = """---
+base_model: {base}
+library_name: peft
+tags: [multigraft, fuse, {method}]
+---
+# {method} of {count} adapters of {base}
+
+| parent | weight | digest |
+|---|---|---|
+{parents}
+
+Made by `hub fuse --method {settings}`.
+Relative error against the exact weighted sum of the deltas: {relative_error:.3g}.
+"""
+
+EXTRACTION: Final = """---
+base_model: {base}
+library_name: peft
+tags: [multigraft, extract]
+---
+# {tuned} as a low-rank adapter of {base}
+
+Made by `hub extract`: per Linear the nearest low-rank matrix to the difference of the two models, {settings}.
+
+| | share of the norm |
+|---|---|
+| lost at the Linears, by rank | {relative_error:.3g} |
+| lost in all, with what an adapter of Linears leaves out | {whole_relative_error:.3g} |
+
+Tensors left out: {left_out}.
+"""
+
+
+def fusion_card(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    settings = recipe["fusion"]
+    parents = [
+        f"| {parent['name']}@{parent['version']} | {parent['weight']:g} | `{parent['digest']}` |"
+        for parent in recipe["lineage"]
+    ]
+    return FUSION.format(
+        base=recipe["base"],
+        method=settings["method"],
+        count=len(parents),
+        parents="\n".join(parents),
+        settings=" ".join(
+            [settings["method"], *(f"--{key} {value}" for key, value in settings.items() if key != "method")]
+        ),
+        relative_error=metrics["relative_error"],
+    )
+
+
+def extraction_card(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    return EXTRACTION.format(
+        base=recipe["base"],
+        tuned=recipe["tuned"]["name"],
+        settings=", ".join(f"{key} {value}" for key, value in recipe["extraction"].items()),
+        relative_error=metrics["relative_error"],
+        whole_relative_error=metrics["whole_relative_error"],
+        left_out=len(metrics["left_out"]),
     )

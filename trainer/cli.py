@@ -46,8 +46,12 @@ class Destination:
 
 
 def register(app: typer.Typer) -> None:
+    from trainer.commands import extract_command, fuse_command  # they share this file's parts
+
     app.command("train")(train_command)
     app.command("centroids")(centroids_command)
+    app.command("fuse")(fuse_command)
+    app.command("extract")(extract_command)
 
 
 def train_command(
@@ -78,6 +82,7 @@ def train_command(
     rank: Annotated[int | None, typer.Option(help="lora: the rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora: alpha.")] = None,
     targets: Annotated[str | None, typer.Option(help="lora, ia3: the modules to adapt, with commas.")] = None,
+    experts: Annotated[str | None, typer.Option(help="lora-moe: the adapters to route among, with commas.")] = None,
     virtual_tokens: Annotated[int | None, typer.Option(help="prefix, prompt, p-tuning: how many.")] = None,
     init: Annotated[str | None, typer.Option(help="prefix, prompt: the first values.")] = None,
     init_text: Annotated[
@@ -106,6 +111,7 @@ def train_command(
     }  # fmt: skip
     options = {
         "rank": rank, "alpha": alpha, "targets": targets.split(",") if targets else None,
+        "experts": experts.split(",") if experts else None,
         "virtual_tokens": virtual_tokens, "init": init, "init_text": init_text, **parse_options(option or []),
     }  # fmt: skip
     destination = parse_destination(out, push, tuple(alias or ()), note)

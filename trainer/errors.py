@@ -8,11 +8,14 @@ TrainError
 ├── DataUnusable      well-formed rows that leave nothing to train on, or nothing to hold out
 ├── BaseUnfit         the base cannot be trained here at all
 ├── MethodUnfit       this method cannot be trained on this base, and why
+├── ExpertUnfit       an adapter that a router cannot have as an expert
 ├── TemplateUnfit     the base's chat template does not show which tokens are the assistant's
 ├── DeviceMissing     a device that was asked for and is not there
 ├── OutputExists      a folder that the run would have to overwrite
 ├── CheckpointCorrupt a checkpoint that does not fit the adapter being trained
 ├── Diverged          the loss is no longer a finite number
+├── FusionRefused     adapters that no one file can hold the sum of, or a rank above the hub's limit
+├── ExtractionRefused two models whose difference is no adapter
 ├── Interrupted       the run was asked to stop; it can be resumed
 └── DemoFailed        something that the demo shows did not hold
 """
@@ -57,6 +60,10 @@ class DataUnusable(TrainError):
     pass
 
 
+class ExpertUnfit(TrainError):
+    pass
+
+
 class BaseUnfit(TrainError):
     pass
 
@@ -87,6 +94,14 @@ class Diverged(TrainError):
     def __init__(self, step: int, loss: float, learning_rate: float) -> None:
         self.step = step
         super().__init__(f"the loss is {loss} at step {step}: a learning rate below {learning_rate:g} may hold")
+
+
+class FusionRefused(TrainError):
+    pass
+
+
+class ExtractionRefused(TrainError):
+    pass
 
 
 class Interrupted(TrainError):

@@ -28,6 +28,19 @@ GOLDEN_TOKENS: Final = 512  # a longer prompt makes no better witness
 SCHEMA_VERSION: Final = 1
 
 
+def settle_config(folder: Path, base_name: str) -> None:
+    """Rewrite the config that PEFT saved so that it depends on the adapter alone."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_name
+    if config.get("tokenizer_name_or_path") is not None:
+        config["tokenizer_name_or_path"] = base_name
+    for field in ("target_modules", "feedforward_modules"):  # PEFT writes them in the order of a set
+        if isinstance(config.get(field), list):
+            config[field] = sorted(config[field])
+    write_json(path, config)
+
+
 def load_adapter(folder: Path, base: OpenBase, device: torch.device) -> Any:
     return attach(base.load_weights(device), folder)
 
@@ -55,11 +68,11 @@ def measure(
     }
 
 
-def write_golden(model: Any, folder: Path, base: OpenBase, held_out: Sequence[Encoded]) -> None:
+def write_golden(model: Any, folder: Path, base: OpenBase, prompts: Sequence[Sequence[int]]) -> None:
     """Write a few prompts with the logits at their last position: one prompt at a time, unpadded, fp32."""
     rows, tensors = [], {}
-    for i, prompt in enumerate(golden_prompts(held_out)):
-        ids = torch.tensor([prompt], device=model.device)
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([list(prompt)], device=model.device)
         with torch.inference_mode():
             logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
         tensors[f"{i}.input_ids"] = ids[0].cpu()
@@ -71,7 +84,11 @@ def write_golden(model: Any, folder: Path, base: OpenBase, held_out: Sequence[En
 
 def golden_prompts(held_out: Sequence[Encoded]) -> list[tuple[int, ...]]:
     """Choose distinct prompts, spread over the held-out rows; the shortest, where all are long."""
-    distinct = list(dict.fromkeys(row.prompt for row in held_out))
+    return spread_prompts([row.prompt for row in held_out])
+
+
+def spread_prompts(prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    distinct = list(dict.fromkeys(prompts))
     short = [prompt for prompt in distinct if len(prompt) <= GOLDEN_TOKENS] or [min(distinct, key=len)]
     count = min(GOLDEN_ROWS, len(short))
     return [short[i * len(short) // count] for i in range(count)]

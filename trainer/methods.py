@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from trainer.anatomy import Anatomy
 from trainer.families.edits import BOTTLENECK, LOREFT
+from trainer.families.moe import LORA_MOE
 from trainer.families.sparse import DIFF_PRUNING, LT_SFT
 from trainer.method import Method, Options, Plan, unknown_targets
 
@@ -272,5 +273,6 @@ METHODS: Final[Mapping[str, Method]] = {
         LOREFT,
         LT_SFT,
         DIFF_PRUNING,
+        LORA_MOE,
     )
 }  # fmt: skip

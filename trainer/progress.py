@@ -1,11 +1,15 @@
 """How a run tells what it is doing: to a Reporter, so that a terminal, a log and the demo each show it their way."""
 
+import math
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TextIO
+from typing import Any, Final, Protocol, TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,22 @@ class Reporter(Protocol):
     def step(self, step: Step) -> None: ...
 
 
+class Counter(Protocol):
+    """For work that goes through a list, such as the Linears of a base."""
+
+    def note(self, text: str) -> None: ...
+
+    def count(self, done: int, of: int, what: str) -> None: ...
+
+
 class Silent:
     def note(self, text: str) -> None:
         pass
 
     def step(self, step: Step) -> None:
+        pass
+
+    def count(self, done: int, of: int, what: str) -> None:
         pass
 
 
@@ -47,20 +62,24 @@ class Lines:
         if step.number % tenth == 0 or step.number == step.of:
             self.note(f"step {step.number}/{step.of}  {describe(step)}")
 
+    def count(self, done: int, of: int, what: str) -> None:
+        if done % math.ceil(of / 10) == 0 or done == of:
+            self.note(f"{done}/{of} {what}")
+
 
 class Bar:
-    """A progress bar with loss and tokens per second."""
+    """A progress bar with loss and tokens per second, or with what is counted."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, work: str) -> None:
         columns: tuple[Any, ...] = (
-            TextColumn("training"),
+            TextColumn(work),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
         )
         self._progress = Progress(*columns, console=console, refresh_per_second=4)
-        self._task = self._progress.add_task("training", total=None, state="")
+        self._task = self._progress.add_task(work, total=None, state="")
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False)
@@ -71,8 +90,21 @@ class Bar:
         if step.number == step.of:
             self._progress.stop()
 
+    def count(self, done: int, of: int, what: str) -> None:
+        self._progress.start()
+        self._progress.update(self._task, completed=done, total=of, state=what)
+        if done == of:
+            self._progress.stop()
+
     def close(self) -> None:
         self._progress.stop()
+
+
+def counted(items: Sequence[T], what: str, report: Counter) -> Iterator[T]:
+    """Go through the items and tell how many are done."""
+    for number, item in enumerate(items, start=1):
+        yield item
+        report.count(number, len(items), what)
 
 
 def describe(step: Step) -> str:
@@ -80,8 +112,8 @@ def describe(step: Step) -> str:
     return f"{loss}  {step.tokens_per_s:,.0f} tokens/s"
 
 
-def terminal_reporter() -> Bar | Lines:
+def terminal_reporter(work: str = "training") -> Bar | Lines:
     """Show a bar to a person at a terminal, lines to everything else; on stderr, since stdout holds the result."""
     if sys.stderr.isatty():
-        return Bar(Console(stderr=True))
+        return Bar(Console(stderr=True), work)
     return Lines(sys.stderr)

@@ -366,7 +366,7 @@ def finish(
     tuner.save(model, staging, recipe.base)
     loaded = export.load_adapter(staging, base, device)
     metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
-    export.write_golden(loaded, staging, base, lesson.held_out)
+    export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out))
     with loaded.disable_adapter():
         centred = write_centroids(loaded, staging, base, [row.prompt for row in lesson.train], lesson.form)
     if not centred:

@@ -54,7 +54,7 @@ FIELDS: Mapping[str, Field] = {
     "alora_invocation_tokens": Field(fields.optional_token_ids, shapes_tensors=True),
 }
 # An activated LoRA leaves the tokens before its invocation to the base, and these would change them.
-NOT_ACTIVATED = ("use_dora", "bias")
+NOT_ACTIVATED = ("use_dora", "bias", "modules_to_save", "trainable_token_indices")
 
 
 def _part(config: Config, module: str, linear: Linear) -> Part:
@@ -93,7 +93,7 @@ def _contradictions(config: Config) -> list[Complaint]:
         complaints += [
             (key, "cannot stand beside alora_invocation_tokens")
             for key in NOT_ACTIVATED
-            if config.get(key, "none") not in ("none", False, None)
+            if config.get(key, "none") not in ("none", False, None, [], {})
         ]
     return complaints
 

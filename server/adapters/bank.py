@@ -26,12 +26,12 @@ class Bank:
         return len(self._grafts)
 
     def activate(self, grafts: Sequence[Graft]) -> Mapping[str, int]:
-        """Make every given graft part of `operands`; returns the column of each, by digest."""
-        wanted = {graft.digest: graft for graft in grafts if graft.sites}
+        """Make every given graft part of `operands`; returns the column of each, by its key."""
+        wanted = {graft.key: graft for graft in grafts if graft.sites}
         if not wanted.keys() <= self._grafts.keys() or len(self._grafts) > 2 * len(wanted):
             self._grafts = wanted
             self.operands = _pack(list(wanted.values()))
-        return {digest: column for column, digest in enumerate(self._grafts)}
+        return {key: column for column, key in enumerate(self._grafts)}
 
 
 def _pack(grafts: Sequence[Graft]) -> dict[str, SiteOperand]:

@@ -58,6 +58,7 @@ SHAPE_FIELDS = (
     "head_dim",
     "intermediate_size",
     "vocab_size",
+    "experts",
     "tokenizer",
 )
 

@@ -609,16 +609,7 @@ class AdapterStore:
             prefix = await self._workshop.compile(lowered.soft_prompt_VE)
             if not prefix.finite:
                 raise AdapterIncompatible(f"{resolution.label}: its soft prompt overflows in the base", param="model")
-        graft = Graft(
-            resolution.digest,
-            resolution.label,
-            lowered.sites,
-            prefix,
-            lowered.soft_prompt_VE,
-            lowered.reach,
-            lowered.router,
-            tuple(expert.resolution.digest for expert in experts),
-        )
+        graft = lowered.graft(resolution.digest, resolution.label, prefix)
         if self._config.check_golden:
             await self._replay(artifact, graft, experts)
         await self._make_room(graft.bytes, graft.label)  # the last wait: nothing comes between the room and its use

@@ -30,11 +30,11 @@ from server.errors import AdapterUnavailable, EngineFailed, InvalidValue, Prompt
 from server.model.kv import block_bytes
 from server.model.network import Network
 from server.policy.blocks import BlockPool
-from server.policy.reach import Course, Term, course
+from server.policy.reach import Course, Term, course, nowhere
 from server.policy.schedule import Chunk, Outcome, Scheduler, Step
 from server.policy.schedule import Sequence as ScheduledSequence
 from server.primitives.experts import Route
-from server.primitives.graft import Graft, prefixed
+from server.primitives.graft import Graft, combined, prefixed
 from server.primitives.prefix import Prefix
 from server.records import (
     Event,
@@ -199,7 +199,7 @@ class EngineLoop:
             max_tokens=0,
             keep_logits=True,
         )
-        async for event in self.submit(request, ProbeLease(((graft, 1.0),), route=route)):
+        async for event in self.submit(request, ProbeLease(combined(((graft, 1.0),)), route=route)):
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished) and event.logits is not None:
@@ -455,8 +455,7 @@ def course_of(lease: Lease, prompt: Sequence[int]) -> Course:
     if lease.route is not None:  # nothing stands beside it
         return course([Term(lease.route.label)], prompt)
     terms = [
-        Term(f"{graft.digest}*{weight!r}" if weight and graft.sites else "", graft.reach)
-        for graft, weight in lease.grafts
+        Term(f"{graft.key}*{weight!r}" if weight and graft.sites else "", graft.reach) for graft, weight in lease.grafts
     ]
     before = ">".join(graft.digest for graft in prefixed(lease.grafts))
     return course(terms, prompt, virtual=lease.virtual_tokens, virtual_label=before)
@@ -466,9 +465,7 @@ def _check_reach(request: GenerationRequest, lease: Lease) -> None:
     """An adapter that would do nothing here is a mistake of the request, and the base's answer no substitute."""
     for graft, weight in lease.grafts:
         if weight and not graft.reach.ranges(request.prompt_ids):
-            raise InvalidValue(
-                f"{graft.label} works from its invocation tokens on, and the prompt does not hold them", param="prompt"
-            )
+            raise InvalidValue(f"{graft.label} {nowhere(graft.reach)}", param="prompt")
 
 
 def _block_count(network: Network, config: EngineConfig, max_model_len: int) -> int:

@@ -83,13 +83,15 @@ def pack_step(
         table = [row for chunk in chunks for row in _gate_rows(chunk, grafts[chunk.sequence.id], columns)]
         gates = gates_from_rows(table, bank.size, cache.keys[0])
     routed = pack_routes(chunks, routes, bank.experts, device=device, traced=bool(traced))
+    wanted_R = torch.tensor(wanted, device=device, dtype=torch.long)
     batch = Batch(
         ids_T=torch.tensor(ids, device=device),
         positions_T=torch.tensor(positions, device=device),
         plan=plan,
-        wanted_R=torch.tensor(wanted, device=device, dtype=torch.long),
+        wanted_R=wanted_R,
         gates=gates,
         operands=bank.operands if columns else {},
+        wanted_gates=None if gates is None else gates.at(wanted_R, wanted),
         routes=routed.routes if routed else None,
     )
     return Packed(batch, tuple(rows), routed)
@@ -106,7 +108,7 @@ def _gate_rows(
     """A row for each phase of the sequence that the chunk has a part in: (token count, [(column, weight), ...])."""
     for count, indices in pieces(chunk.sequence.course, chunk.start, chunk.start + chunk.count):
         at_work = [mixture[index] for index in indices]
-        yield count, [(columns[graft.digest], weight) for graft, weight in at_work if graft.digest in columns]
+        yield count, [(columns[graft.key], weight) for graft, weight in at_work if graft.key in columns]
 
 
 def _used(chunk: Chunk, block_size: int) -> list[int]:

@@ -4,8 +4,10 @@ T packed tokens, H query heads, KH KV heads, G = H / KH query heads of one KV he
 sequences, n tokens of one prompt chunk, L cached positions.
 Tokens are packed decodes first, then prompt chunks. Decodes are one padded product per KV head (query heads of a group
 ride along as rows, so keys are never repeated); each prompt chunk is attended on its own.
+A layer may have sinks: a learned score per query head that takes its share of the softmax and brings no value.
 Law: a token sees its own sequence's positions up to its own, and within the layer's window, and nothing else.
-Source: Ainslie et al. 2023 (arXiv:2305.13245); Kwon et al. 2023 (arXiv:2309.06180).
+Source: Ainslie et al. 2023 (arXiv:2305.13245); Kwon et al. 2023 (arXiv:2309.06180); sinks: transformers 5.23,
+models/gpt_oss/modeling_gpt_oss.py `eager_attention_forward`.
 """
 
 from __future__ import annotations
@@ -77,9 +79,10 @@ class AttentionPlan:
 
 @dataclass(slots=True)
 class ShapeRecorder:
-    """Stands in for a plan on the first probe: notes each layer's shapes and attends the whole prompt at once."""
+    """Stands in for a plan on the first probe: notes each layer's shapes and module, and attends nowhere."""
 
     layers: dict[int, LayerShape] = field(default_factory=dict)
+    modules: dict[int, nn.Module] = field(default_factory=dict)
 
 
 class UnsupportedAttention(ValueError):
@@ -96,22 +99,26 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     graft_plan: AttentionPlan | ShapeRecorder | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' AttentionInterface calls, once per layer: (1, H, T, D) in, (1, T, H, D) out.
 
-    Raises: UnsupportedAttention for an argument whose effect is unknown (attention sinks, biases, masks).
+    `s_aux` are the layer's sinks (H). Raises: UnsupportedAttention for an argument whose effect is unknown.
     """
     strange = sorted(name for name, given in others.items() if name not in NEUTRAL and given is not None)
-    if strange or attention_mask is not None or graft_plan is None:
-        raise UnsupportedAttention(f"attention arguments {strange or ['attention_mask', 'graft_plan']} are not served")
+    if strange or attention_mask is not None:
+        raise UnsupportedAttention(f"attention arguments {strange or ['attention_mask']} are not served")
+    if graft_plan is None:
+        raise UnsupportedAttention("its layers do not hand the forward pass's arguments on to their attention")
     if key.shape != value.shape:
         raise UnsupportedAttention(f"key shape {tuple(key.shape)} differs from value shape {tuple(value.shape)}")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(graft_plan, ShapeRecorder):
         graft_plan.layers[layer] = LayerShape(key.shape[1], key.shape[3])
+        graft_plan.modules[layer] = module
         return query.transpose(1, 2).contiguous(), None
     graft_plan.seen += 1
     graft_plan.cache.write(layer, graft_plan.rows_T, key[0], value[0])
@@ -121,47 +128,65 @@ def attend(
         decodes = graft_plan.decode_blocks_BN.shape[0]
         keys, values = graft_plan.cache.gather(layer, graft_plan.decode_blocks_BN)
         mask = graft_plan.decode_mask(sliding_window)
-        parts.append(_decode(query[0, :, :decodes], keys, values, mask, scale, softcap))
+        parts.append(_decode(query[0, :, :decodes], keys, values, mask, scale, softcap, s_aux))
     start = decodes
     for index, span in enumerate(graft_plan.spans):
         keys, values = graft_plan.cache.gather(layer, span.blocks_1N)
         mask = graft_plan.span_mask(index, sliding_window)
         chunk = query[0, :, start : start + span.count]
-        parts.append(_prefill(chunk, keys[:, 0], values[:, 0], mask, scale, softcap))
+        parts.append(_prefill(chunk, keys[:, 0], values[:, 0], mask, scale, softcap, s_aux))
         start += span.count
     return torch.cat(parts)[None], None
 
 
 def _decode(
-    query_HBD: Tensor, keys_KBLD: Tensor, values_KBLD: Tensor, mask_B1L: Tensor, scale: float, softcap: float | None
+    query_HBD: Tensor,
+    keys_KBLD: Tensor,
+    values_KBLD: Tensor,
+    mask_B1L: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
     heads, sequences, dim = query_HBD.shape
     kv_heads = keys_KBLD.shape[0]
     query_KBGD = query_HBD.view(kv_heads, heads // kv_heads, sequences, dim).transpose(1, 2)
-    out_KBGD = _weigh(query_KBGD @ keys_KBLD.transpose(2, 3), mask_B1L, scale, softcap) @ values_KBLD
+    sinks = None if sinks_H is None else sinks_H.view(kv_heads, 1, heads // kv_heads, 1)
+    out_KBGD = _weigh(query_KBGD @ keys_KBLD.transpose(2, 3), mask_B1L, scale, softcap, sinks) @ values_KBLD
     return out_KBGD.permute(1, 0, 2, 3).reshape(sequences, heads, dim)
 
 
 def _prefill(
-    query_HnD: Tensor, keys_KLD: Tensor, values_KLD: Tensor, mask_nL: Tensor, scale: float, softcap: float | None
+    query_HnD: Tensor,
+    keys_KLD: Tensor,
+    values_KLD: Tensor,
+    mask_nL: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
     heads, count, dim = query_HnD.shape
     kv_heads, length, _ = keys_KLD.shape
     group = heads // kv_heads
-    if softcap is None:
+    if softcap is None and sinks_H is None:
         keys = keys_KLD[:, None].expand(kv_heads, group, length, dim).reshape(1, heads, length, dim)
         values = values_KLD[:, None].expand(kv_heads, group, length, dim).reshape(1, heads, length, dim)
         out = F.scaled_dot_product_attention(query_HnD[None], keys, values, attn_mask=mask_nL, scale=scale)
         return out[0].transpose(0, 1)
     query = query_HnD.reshape(kv_heads, group * count, dim)
     scores = (query @ keys_KLD.transpose(1, 2)).view(kv_heads, group, count, length)
-    weights = _weigh(scores, mask_nL, scale, softcap).view(kv_heads, group * count, length)
+    sinks = None if sinks_H is None else sinks_H.view(kv_heads, group, 1, 1)
+    weights = _weigh(scores, mask_nL, scale, softcap, sinks).view(kv_heads, group * count, length)
     return (weights @ values_KLD).view(heads, count, dim).transpose(0, 1)
 
 
-def _weigh(scores: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Softmax in fp32 over what the mask lets through."""
+def _weigh(scores: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Softmax in fp32 over what the mask lets through and the sinks, whose shares are then dropped."""
     scores = scores * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(scores.dtype)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is None:
+        return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+    with_sinks = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    return with_sinks.softmax(-1, dtype=torch.float32)[..., :-1].to(scores.dtype)

@@ -9,6 +9,7 @@ transformers only logs a warning for architectures that ignore the interface, an
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from server.model.attention import ShapeRecorder, UnsupportedAttention
 from server.model.grafted import graft_network
 from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
+from server.model.norms import norm_inputs
+from server.model.places import Places, find_anatomy
 from server.primitives.site import Active
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     if not stock._can_set_attn_implementation():  # type: ignore[operator]
         raise StartupRefused(f"base {name}: architecture {shape.model_type} has its own attention, not transformers'")
     probes = _probes(shape.vocab_size)
-    with torch.inference_mode():
+    with torch.inference_mode(), norm_inputs(stock) as seen:
         expected = [stock(input_ids=ids.to(device)[None], use_cache=False).logits[0].float() for ids in probes]
     AttentionInterface.register(attention.NAME, attention.attend)
     stock.set_attn_implementation(attention.NAME)  # type: ignore[operator]
@@ -58,13 +61,19 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     depth = int(shape.get_text_config().num_hidden_layers)
     if sorted(recorder.layers) != list(range(depth)):
         raise StartupRefused(f"base {name}: attention ran in layers {sorted(recorder.layers)}, the base has {depth}")
-    sites = graft_network(stock, active)
+    again = partial(_record, stock, probes[0].to(device), name)
+    places = Places(find_anatomy(stock, recorder.modules, again), active)
+    with torch.no_grad():
+        sites = graft_network(stock, active, seen, [len(ids) for ids in probes])
     decoder_layers = find_layers(stock, depth)
     announce_layers(stock, decoder_layers, active)
     facts = BaseFacts(
         name=name,
         layers=tuple(recorder.layers[layer] for layer in range(depth)),
-        sites=sites,
+        sites=sites.linears,
+        norms=sites.norms,
+        embedding=sites.embedding,
+        places=places.names,
         hidden_size=stock.get_input_embeddings().weight.shape[1],  # type: ignore[operator]
         vocab_size=expected[0].shape[-1],
         context=int(shape.get_text_config().max_position_embeddings),
@@ -74,7 +83,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         quantized=config.quantize != "none",
         decoder_layers=decoder_layers,
     )
-    network = Network(stock, facts, active)
+    network = Network(stock, facts, active, places)
     _prove(network, probes, expected)
     return network
 
@@ -164,15 +173,16 @@ def _prove(network: Network, probes: list[Tensor], expected: list[Tensor]) -> No
     cache = network.new_cache(2, PROBE_TOKENS)
     first, second = (ids.to(facts.device) for ids in probes)
     cut = PROBE_TOKENS // 2
+    # The last step wants few of its rows: a network that gives all the same would answer from the wrong ones.
     steps = [
-        (torch.cat([first[:cut], second]), [(cut, cut, [0]), (len(second), len(second), [1])]),
-        (first[cut:], [(len(first) - cut, len(first), [0])]),
+        (torch.cat([first[:cut], second]), [(cut, cut, [0]), (len(second), len(second), [1])], cut + len(second)),
+        (first[cut:], [(len(first) - cut, len(first), [0])], 2),
     ]
     got = []
-    for ids, chunks in steps:
+    for ids, chunks, kept in steps:
         plan = span_plan(cache, chunks)
         positions = torch.cat([torch.arange(length - count, length) for count, length, _ in chunks]).to(facts.device)
-        wanted = torch.arange(len(ids), device=facts.device)
+        wanted = torch.arange(len(ids), device=facts.device)[-kept:]
         try:
             got.append(network.forward(Batch(ids, positions, plan, wanted, None, {})))
         except UnsupportedAttention as error:
@@ -181,7 +191,9 @@ def _prove(network: Network, probes: list[Tensor], expected: list[Tensor]) -> No
             raise StartupRefused(
                 f"base {facts.name}: attention was called {plan.seen} times for {len(facts.layers)} layers"
             )
-    pairs = [(torch.cat([got[0][:cut], got[1]]), expected[0]), (got[0][cut:], expected[1])]
+    if [len(logits) for logits in got] != [kept for _, _, kept in steps]:
+        raise StartupRefused(f"base {facts.name}: this architecture does not keep to the logits that are wanted")
+    pairs = [(got[0][:cut], expected[0][:cut]), (got[1], expected[0][-2:]), (got[0][cut:], expected[1])]
     error_ = max(((ours - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs)
     limit = QUANTIZED_PROBE_TOLERANCE if facts.quantized else PROBE_TOLERANCE[facts.dtype]
     if not error_ <= limit:

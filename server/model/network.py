@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from server.model.attention import AttentionPlan, Span
-from server.model.grafted import GraftedLinear
+from server.model.grafted import GraftedEmbedding, GraftedLinear
 from server.model.kv import KvCache
+from server.model.places import Places
 from server.model.weights import base_weight
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.route import Routes
-from server.primitives.site import Active, SiteOperand, SiteShape
+from server.primitives.site import Active, EmbeddingShape, NormShape, SiteOperand, SiteShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Batch:
     wanted_R: Tensor
     gates: Gates | None
     operands: Mapping[str, SiteOperand]
+    wanted_gates: Gates | None = None  # those of wanted_R, for the output head
     routes: Routes | None = None
 
 
@@ -42,6 +44,9 @@ class BaseFacts:
     name: str
     layers: tuple[LayerShape, ...]
     sites: Mapping[str, SiteShape]
+    norms: Mapping[str, NormShape]
+    embedding: EmbeddingShape | None
+    places: frozenset[str]
     hidden_size: int
     vocab_size: int
     context: int
@@ -53,15 +58,18 @@ class BaseFacts:
 
 
 class Network:
-    def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active) -> None:
+    def __init__(self, stock: nn.Module, facts: BaseFacts, active: Active, places: Places) -> None:
         self._stock = stock
         self._active = active
+        self._places = places
         self.facts = facts
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
-        self._active.operands, self._active.gates, self._active.routes = batch.operands, batch.gates, batch.routes
+        self._active.operands, self._active.gates = batch.operands, batch.gates
+        self._active.wanted_gates, self._active.routes = batch.wanted_gates, batch.routes
+        self._places.arm(batch.operands)
         out = self._stock(
             input_ids=batch.ids_T[None],
             position_ids=batch.positions_T[None],
@@ -100,7 +108,8 @@ class Network:
         positions = torch.arange(start, stop, device=self.facts.device)
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
         plan = AttentionPlan(cache, positions, None, None, [Span(stop - start, stop, blocks)])
-        self._active.operands, self._active.gates, self._active.routes = {}, None, None
+        self._active.operands, self._active.gates = {}, None
+        self._active.wanted_gates, self._active.routes = None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
             position_ids=positions[None],
@@ -112,8 +121,10 @@ class Network:
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
-        """The (O, I) weight of a grafted Linear in fp32, not to be written to."""
+        """The (O, I) weight of a grafted Linear, or the embedding's, in fp32, not to be written to."""
         grafted = self._stock.get_submodule(name)
+        if isinstance(grafted, GraftedEmbedding):
+            return grafted.weight.detach().float()
         assert isinstance(grafted, GraftedLinear)
         return base_weight(grafted.base)
 

@@ -25,15 +25,17 @@ class Everywhere:
 
 @dataclass(frozen=True, slots=True)
 class PromptEnds:
-    """The first and the last tokens of the prompt, and none that is generated."""
+    """The first and the last tokens of the prompt, each at most half of it, and none that is generated.
+
+    Source: pyreft 0.1.0, dataset.py get_intervention_locations.
+    """
 
     first: int
     last: int
 
     def ranges(self, prompt: Sequence[int]) -> tuple[Range, ...]:
-        start, stop = min(self.first, len(prompt)), max(0, len(prompt) - self.last)
-        if start >= stop:
-            return ((0, len(prompt)),)
+        half = len(prompt) // 2
+        start, stop = min(self.first, half), len(prompt) - min(self.last, half)
         return tuple(found for found in ((0, start), (stop, len(prompt))) if found[0] < found[1])
 
 
@@ -53,6 +55,13 @@ class FromLast:
 
 Reach = Everywhere | PromptEnds | FromLast
 EVERYWHERE = Everywhere()
+
+
+def nowhere(reach: Reach) -> str:
+    """Why an adapter of this reach works at no token of a prompt, for messages."""
+    if isinstance(reach, PromptEnds):
+        return "works at the ends of the prompt, each at most half of it, and a prompt of one token has none"
+    return "works from its invocation tokens on, and the prompt does not hold them"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,10 @@ class Gates:
             found = self._spread[layout] = self.gates_TK.index_select(1, columns)
         return found
 
+    def at(self, rows_R: Tensor, host_rows: Sequence[int]) -> Gates:
+        """The gates of some tokens of the step, given on the device and to the host."""
+        return Gates(self.gates_TK.index_select(0, rows_R), self.host_TK[torch.tensor(host_rows, dtype=torch.long)])
+
     def carriers(self, column: int) -> Tensor:
         """(n,): the tokens whose gate for the adapter of `column` is not zero, in order."""
         found = self._carriers.get(column)

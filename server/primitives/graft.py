@@ -19,6 +19,7 @@ class Graft:
     """An adapter on the device. `sites` is keyed by the Linear's name in the base; `reach` says at which tokens.
 
     `soft_prompt_VE` are the embeddings that `prefix` was made of, needed again when another prefix stands before it.
+    `beside` are parts of the same adapter that reach other tokens, each with a `part`; a mixture has them as terms.
     """
 
     digest: str
@@ -27,13 +28,20 @@ class Graft:
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
     reach: Reach = EVERYWHERE
+    part: str = ""
+    beside: tuple[Graft, ...] = ()
     router: Router | None = None  # it routes among experts, and does nothing itself
     experts: tuple[str, ...] = ()  # of a router: the digests of the adapters that its rows score
 
     @property
+    def key(self) -> str:
+        """What no other graft has: several parts of one adapter have the same digest."""
+        return self.digest + self.part
+
+    @property
     def bytes(self) -> int:
         """Memory that it really takes, by its actual ranks and dtype."""
-        others = sum(part.bytes for part in (self.prefix, self.router) if part is not None)
+        others = sum(part.bytes for part in (self.prefix, self.router, *self.beside) if part is not None)
         soft = self.soft_prompt_VE.nbytes if self.soft_prompt_VE is not None else 0
         return sum(value.bytes for value in self.sites.values()) + others + soft
 
@@ -43,12 +51,14 @@ class Graft:
 
 
 def combined(terms: Sequence[tuple[Graft, float]]) -> tuple[tuple[Graft, float], ...]:
-    """One term for each digest: two references to the same bytes are one adapter with the sum of their weights."""
+    """One term for each part of an adapter: two references to the same bytes are one, with the sum of their weights."""
     weights: dict[str, float] = {}
-    for graft, weight in terms:
-        weights[graft.digest] = weights.get(graft.digest, 0.0) + weight
-    grafts = {graft.digest: graft for graft, _ in terms}
-    return tuple((grafts[digest], weight) for digest, weight in weights.items())
+    grafts: dict[str, Graft] = {}
+    for whole, weight in terms:
+        for graft in (whole, *whole.beside):
+            weights[graft.key] = weights.get(graft.key, 0.0) + weight
+            grafts[graft.key] = graft
+    return tuple((grafts[key], weight) for key, weight in weights.items())
 
 
 def prefixed(terms: Sequence[tuple[Graft, float]]) -> list[Graft]:

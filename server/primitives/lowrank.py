@@ -49,8 +49,16 @@ def pack(values: Sequence[tuple[int, LowRank]]) -> LowRankOperand:
 
 def apply(y_TO: Tensor, x_TI: Tensor, gates: Gates, operand: LowRankOperand) -> Tensor:
     """y + sum_k g_k B_k A_k x."""
+    return _spread_out(y_TO, x_TI @ operand.A_IP, gates, operand)
+
+
+def look_up(y_TE: Tensor, ids_T: Tensor, gates: Gates, operand: LowRankOperand) -> Tensor:
+    """y + sum_k g_k B_k A_k[:, id], at an embedding: the input is one-hot."""
+    return _spread_out(y_TE, operand.A_IP.index_select(0, ids_T), gates, operand)
+
+
+def _spread_out(y_TO: Tensor, middle_TP: Tensor, gates: Gates, operand: LowRankOperand) -> Tensor:
     gates_TP = gates.spread(operand.layout, operand.columns_P)
-    middle_TP = x_TI @ operand.A_IP
     # Not a bare product: 0 * inf would hand one adapter's overflow to every token of the batch.
     middle_TP = (middle_TP * gates_TP).masked_fill_(gates_TP == 0, 0)
     return torch.addmm(y_TO, middle_TP, operand.B_PO)

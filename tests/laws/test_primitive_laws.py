@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.adapters.bank import Bank
-from server.primitives import bias, delta, lowrank, rotate, scale
+from server.primitives import bias, delta, gain, lowrank, rotate, scale
 from server.primitives.bias import Bias
 from server.primitives.delta import Delta
+from server.primitives.gain import Gain
 from server.primitives.gates import Gates, gates_from_rows
 from server.primitives.graft import Graft
 from server.primitives.lowrank import LowRank
 from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
-from server.primitives.site import SiteValue, apply_site, pack_site
+from server.primitives.site import SiteValue, apply_embedding, apply_norm, apply_site, pack_site
 
 IN, OUT = 6, 10
 TOLERANCE = 1e-5  # fp32, sums of at most a few dozen terms of order one in another order
@@ -64,9 +65,11 @@ def some_rotate(rng: torch.Generator, features: int, seed: int) -> Rotate:
 
 
 def some_delta(rng: torch.Generator, seed: int) -> Delta:
-    """Dense, or sparse with about as many entries as a rank, of which some meet in one place and add."""
-    if seed % 2:
+    """Dense, some rows of it, or sparse with about as many entries as a rank, of which some meet in one place."""
+    if seed % 3 == 0:
         return Delta(torch.randn(OUT, IN, generator=rng))
+    if seed % 3 == 1:
+        return Delta(torch.randn(3, IN, generator=rng), torch.tensor([1, 4, OUT - 1]))
     rows, columns = (torch.randint(0, size, (2 * seed,), generator=rng) for size in (OUT, IN))
     return delta.sparse(rows, columns, torch.randn(2 * seed, generator=rng), shape=(OUT, IN))
 
@@ -190,7 +193,7 @@ def test_a_token_with_a_whole_delta_does_not_see_what_its_neighbours_carry(
     gates[0, -2:] = 0
     gates[1:] = 0
     calm = run_site(x, gates, values, weight, torch.zeros(OUT))
-    gates[1:] = 1
+    gates[1:] = 100  # of random signs, 3e38 alone may cancel to what fp32 holds
     wild = run_site(x, gates, values, weight, torch.zeros(OUT))
     torch.testing.assert_close(calm[0], wild[0], atol=TOLERANCE * 10, rtol=TOLERANCE)
     assert not wild[1:].isfinite().all(), "the neighbours were meant to overflow"
@@ -258,3 +261,95 @@ def test_a_bank_that_dropped_grafts_equals_one_that_never_held_them(seed: int, h
             results.append(apply_site(x, gates, bank.operands["site"], lambda z: F.linear(z, weight), None))
         torch.testing.assert_close(results[0], results[1], atol=TOLERANCE * 100, rtol=TOLERANCE)
         assert torch.equal(results[0][1], F.linear(x, weight)[1])
+
+
+def some_rows(rng: torch.Generator, size: int) -> SiteValue:
+    """What adapters do at an embedding of OUT tokens and IN features."""
+    low = LowRank(torch.randn(size, OUT, generator=rng), torch.randn(IN, size, generator=rng))
+    spread = Scale(torch.randn(IN, generator=rng)) if size % 3 == 0 else None
+    whole = some_delta(rng, [0, 1, 3][size % 3]) if size % 2 else None  # an embedding has no sparse delta
+    return SiteValue(scale_out=spread, lowrank=low if size % 4 else None, delta=whole)
+
+
+def one_hot(ids: Tensor) -> Tensor:
+    return F.one_hot(ids, OUT).float()
+
+
+@given(seeds, ranks, tokens)
+@SETTINGS
+def test_an_embedding_is_a_linear_whose_input_is_one_hot(seed: int, sizes: list[int], count: int) -> None:
+    rng = random(seed)
+    values = [some_rows(rng, size) for size in sizes]
+    table, ids = torch.randn(OUT, IN, generator=rng), torch.randint(0, OUT, (count,), generator=rng)
+    gates = some_gates(rng, count, len(values))
+    gates[0] = 0
+    got = apply_embedding(ids, Gates(gates), pack_site(list(enumerate(values))), lambda z: table[z])
+    outs = [(k, v.scale_out) for k, v in enumerate(values) if v.scale_out]
+    lows = [(k, v.lowrank) for k, v in enumerate(values) if v.lowrank]
+    wholes = [(k, v.delta) for k, v in enumerate(values) if v.delta]
+    y = scale.apply_loop(one_hot(ids) @ table, gates, outs)
+    y = delta.look_up_loop(lowrank.apply_loop(y, one_hot(ids), gates, lows), ids, gates, wholes)
+    torch.testing.assert_close(got, y, atol=TOLERANCE * 100, rtol=TOLERANCE * 10)
+    assert torch.equal(got[0], table[ids[0]])
+
+
+@given(seeds, ranks, tokens, st.sampled_from([0, 1, 2]))
+@SETTINGS
+def test_a_norm_has_the_weighted_sum_of_the_weights_and_biases(
+    seed: int, sizes: list[int], count: int, axis: int
+) -> None:
+    """Wherever the network lays the tokens, and heads beside them."""
+    rng = random(seed)
+    gains = [(k, Gain(torch.randn(IN, generator=rng))) for k in range(len(sizes))]
+    values = [SiteValue(gain=g, bias=Bias(torch.randn(IN, generator=rng)) if k % 2 else None) for k, g in gains]
+    shape = [2, 2, 2, IN]
+    shape[axis] = count
+    x, gates = torch.randn(shape, generator=rng), some_gates(rng, count, len(values))
+    gates[0] = 0
+    weight, own = torch.randn(IN, generator=rng), torch.randn(IN, generator=rng)
+    y, n = F.layer_norm(x, (IN,), weight, own), F.layer_norm(x, (IN,))
+    got = apply_norm(y, lambda: n, Gates(gates), pack_site(list(enumerate(values))), axis=axis)
+    assert torch.equal(got.select(axis, 0), y.select(axis, 0))
+    for token in range(count):
+        weights = weight + sum(gates[token, k] * g.weight_F for k, g in gains)
+        biases = own + sum(gates[token, k] * v.bias.bias_O for k, v in enumerate(values) if v.bias is not None)
+        alone = F.layer_norm(x.select(axis, token), (IN,), weights, biases)
+        torch.testing.assert_close(got.select(axis, token), alone, atol=TOLERANCE * 100, rtol=TOLERANCE * 10)
+    operand = gain.pack(gains)
+    fast, plain = (
+        gain.apply(y, n, Gates(gates), operand, axis=axis),
+        gain.apply_loop(y, n, gates, gains, axis=axis),
+    )
+    torch.testing.assert_close(fast, plain, atol=TOLERANCE * 10, rtol=TOLERANCE)
+
+
+@given(seeds, st.integers(2, 7))
+@SETTINGS
+def test_an_overflow_at_an_embedding_or_a_norm_stays_with_its_token(seed: int, count: int) -> None:
+    rng = random(seed)
+    huge = torch.full((2, OUT), 3e38), torch.full((IN, 2), 3e38)
+    value = SiteValue(
+        lowrank=LowRank(*huge), delta=Delta(torch.full((OUT, IN), 3e38)), gain=Gain(torch.full((IN,), 3e38))
+    )
+    gates = torch.full((count, 1), 2.0)
+    gates[0] = 0
+    operand, ids = pack_site([(0, value)]), torch.randint(0, OUT, (count,), generator=rng)
+    table, n = torch.randn(OUT, IN, generator=rng), torch.randn(count, IN, generator=rng) * 10
+    rows = apply_embedding(ids, Gates(gates), operand, lambda z: table[z])
+    normed = apply_norm(n, lambda: n, Gates(gates), operand, axis=0)
+    assert torch.equal(rows[0], table[ids[0]])
+    assert torch.equal(normed[0], n[0])
+    assert not rows[1:].isfinite().any()
+    assert not normed[1:].isfinite().all()
+
+
+@given(seeds, tokens)
+@SETTINGS
+def test_the_gates_of_the_wanted_tokens_are_theirs(seed: int, count: int) -> None:
+    rng = random(seed)
+    gates = Gates(some_gates(rng, count, 3))
+    wanted = torch.randint(0, count, (4,), generator=rng)
+    kept = gates.at(wanted, wanted.tolist())
+    assert torch.equal(kept.gates_TK, gates.gates_TK[wanted])
+    for column in range(3):
+        assert kept.carriers(column).tolist() == [row for row in range(4) if gates.gates_TK[wanted[row], column] != 0]

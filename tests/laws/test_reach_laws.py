@@ -21,7 +21,8 @@ GENERATED = 4
 def works(reach: Reach, prompt: list[int], token: int) -> bool:
     """The same by the definition, token by token."""
     if isinstance(reach, PromptEnds):
-        return token < len(prompt) and (token < reach.first or token >= len(prompt) - reach.last)
+        half = len(prompt) // 2
+        return token < min(reach.first, half) or len(prompt) - min(reach.last, half) <= token < len(prompt)
     if isinstance(reach, FromLast):
         wanted = list(reach.tokens)
         starts = [at for at in range(len(prompt)) if prompt[at : at + len(wanted)] == wanted]

@@ -29,7 +29,7 @@ from server.policy.blocks import BlockPool
 from server.policy.schedule import Scheduler
 from server.policy.schedule import Sequence as Scheduled
 from server.primitives.experts import Route
-from server.primitives.graft import Graft, prefixed
+from server.primitives.graft import Graft, combined, prefixed
 from server.primitives.prefix import Prefix
 from server.records import RouteRow
 from tests.oracle.kinds import Row, make_adapter, rows
@@ -58,7 +58,35 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi": {},
     "phi3": {"sliding_window": 6},
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
+# Proved with a few adapters each, in test_bases.py. Two layers, of both sorts where there are two.
+TWO_SORTS = {
+    "num_hidden_layers": 2, "head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+MORE_BASES: dict[str, dict[str, Any]] = {
+    "gemma": {"num_hidden_layers": 2, "head_dim": 16},
+    "gemma3_text": {**TWO_SORTS, "query_pre_attn_scalar": 16},
+    "gpt_neox": {"num_hidden_layers": 2, "rotary_pct": 0.5},
+    "opt": {"num_hidden_layers": 2, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "olmo2": {"num_hidden_layers": 2},
+    "granite": {
+        "num_hidden_layers": 2, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+    },
+    "smollm3": {"num_hidden_layers": 2, "no_rope_layers": [1, 0]},
+    "cohere2": {**TWO_SORTS, "logit_scale": 0.5},
+    "starcoder2": {"num_hidden_layers": 2, "sliding_window": 6},
+    "qwen3_moe": {
+        "num_hidden_layers": 2, "head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        **TWO_SORTS, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}  # fmt: skip
+MULTI_HEAD = ("gpt2", "gpt_neox", "opt")  # as many KV heads as query heads: PEFT would believe a number of KV heads
 
 
 @dataclass(frozen=True)
@@ -79,8 +107,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyB
     def make(architecture: str) -> TinyBase:
         if architecture not in made:
             torch.manual_seed(0)
-            options = {**SMALL, **ARCHITECTURES[architecture]}
-            if architecture == "gpt2":  # multi-head attention: PEFT would believe this field
+            options = {**SMALL, **(ARCHITECTURES | MORE_BASES)[architecture]}
+            if architecture in MULTI_HEAD:
                 del options["num_key_value_heads"]
             config = CONFIG_MAPPING[architecture](**options)
             model = AutoModelForCausalLM.from_config(config)
@@ -147,6 +175,9 @@ class Bench:
             64,
             64,
             self.network.weight,
+            facts.norms,
+            facts.embedding,
+            facts.places,
             facts.decoder_layers,
         )
 
@@ -158,7 +189,7 @@ class Bench:
         prefix = lowered.prefix
         if lowered.soft_prompt_VE is not None:
             prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)
-        return Graft(digest or str(folder), folder.name, lowered.sites, prefix, lowered.soft_prompt_VE, lowered.reach)
+        return lowered.graft(digest or str(folder), folder.name, prefix)
 
     def joined(self, mixture: Sequence[tuple[Graft, float]]) -> Prefix | None:
         """What the adapter store does with several prefixes."""
@@ -185,16 +216,16 @@ class Bench:
         cache = self.network.new_cache(self.blocks, self.block_size)
         bank = Bank()
         scheduler = Scheduler(pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=64)
-        grafts: dict[int, list[tuple[Graft, float]]] = {}
+        grafts: dict[int, Sequence[tuple[Graft, float]]] = {}
         logits: dict[int, list[Tensor]] = {}
         for index, (ids, mixture) in enumerate(requests):
-            lease = ProbeLease(tuple(mixture))
+            lease = ProbeLease(combined(mixture))
             sequence = Scheduled(
                 index, list(ids), len(ids), new, course_of(lease, ids), lease.virtual_tokens, reuse=False
             )
             scheduler.add(sequence)
             self.sequences[index] = sequence
-            grafts[index], logits[index] = mixture, []
+            grafts[index], logits[index] = lease.grafts, []
         while scheduler.running or scheduler.waiting:
             step = scheduler.plan()
             assert step.chunks, "the scheduler stands still"

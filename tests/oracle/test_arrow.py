@@ -9,46 +9,17 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from peft import ArrowConfig, LoraConfig, create_arrow_model, get_peft_model
+from peft import ArrowConfig, create_arrow_model
 
 from server.primitives.experts import Expert, Route, make_prototypes, why_no_expert
 from server.primitives.graft import Graft
 from tests.oracle.conftest import Bench, TinyBase
-from tests.oracle.kinds import ATTENTION_AND_MLP, CONV1D, DEFAULT
+from tests.oracle.experts import logits, make_expert, prompt
 
 TOLERANCE = 1e-4  # fp32; PEFT sums all experts, and finds their directions by fifteen power iterations
-# The second singular value over the first: PEFT's iterations then leave 0.2 ** 30 of the second direction.
-GAP = 0.2
 EXPERTS = 4
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def make_expert(base: TinyBase, folder: Path, *, seed: int, rank: int = 4, layers: list[int] | None = None) -> Path:
-    """A LoRA whose B A has one direction that stands out at every Linear, as PEFT needs it to find it."""
-    targets, _ = ATTENTION_AND_MLP.get(base.architecture, DEFAULT)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=3 * rank,
-        target_modules=targets,
-        layers_to_transform=layers,
-        fan_in_fan_out=base.architecture in CONV1D,
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(seed)
-    get_peft_model(base.fresh(), config).save_pretrained(folder)
-    path = folder / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    for name in tensors:
-        if name.endswith("lora_A.weight"):
-            partner = name.replace("lora_A", "lora_B")
-            A, B = torch.randn_like(tensors[name]), torch.randn_like(tensors[partner])
-            left, _, right = torch.linalg.svd(B @ A, full_matrices=False)
-            stretch = torch.tensor([GAP**k for k in range(rank)])
-            tensors[name] = right[:rank].contiguous()
-            tensors[partner] = (left[:, :rank] * stretch).contiguous()
-    safetensors.torch.save_file(tensors, path)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -70,11 +41,6 @@ def experts(
 def route(grafts: Sequence[Graft], *, top_k: int, temperature: float) -> Route:
     assert [why_no_expert(graft, ()) for graft in grafts] == [None] * len(grafts)
     return Route(tuple(Expert(graft, make_prototypes(graft)) for graft in grafts), top_k, temperature)
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 128, (length,), generator=generator).tolist()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
@@ -123,7 +89,9 @@ def test_a_linear_where_only_some_candidates_have_a_term_is_routed_among_those(
 ) -> None:
     """PEFT has no such case: it is two arrows, one over each half of the network, with the layers in between."""
     base, rig = tiny_base("llama"), bench("llama")
-    folders = [make_expert(base, tmp_path / f"{k}", seed=k, layers=[0, 1] if k < 2 else [2, 3]) for k in range(4)]
+    folders = [
+        make_expert(base, tmp_path / f"{k}", seed=k, layers_to_transform=[0, 1] if k < 2 else [2, 3]) for k in range(4)
+    ]
     both = [make_expert(base, tmp_path / f"whole{k}", seed=9 + k) for k in range(2)]
     for k, folder in enumerate(both):  # an expert that is 0 in the lower half and 2 in the upper, and so on
         halves = [safetensors.torch.load_file(folders[part] / "adapter_model.safetensors") for part in (k, k + 2)]
@@ -140,8 +108,3 @@ def test_a_linear_where_only_some_candidates_have_a_term_is_routed_among_those(
 def arrow_model(base: TinyBase, folders: Sequence[Path], top_k: int, temperature: float) -> Any:
     config = ArrowConfig(top_k=top_k, router_temperature=temperature, rng_seed=5)
     return create_arrow_model(base.fresh(), [str(folder) for folder in folders], config).eval()
-
-
-def logits(model: Any, ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(input_ids=torch.tensor([ids])).logits[0].float()

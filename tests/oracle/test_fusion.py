@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations_with_replacement, permutations
 from random import Random
 from typing import Any
@@ -20,7 +20,7 @@ TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 PROMPT = [5, 9, 77, 3, 101, 42, 64, 8]
 ROOT = "base_model.model."
 
-# What a Linear does: its matrix (O, I) and its bias.
+# What a module does: a Linear's matrix (O, I), an embedding's rows (V, E) or a norm's weight (F), and its bias.
 Affine = tuple[Tensor, Tensor]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of what these adapters are on purpose
@@ -34,10 +34,12 @@ def test_every_pair_is_exactly_the_weighted_sum_of_the_deltas_or_refused(
     adapters: Callable[[str], dict[str, Adapter]],
 ) -> None:
     rig, random, summed = bench(architecture), Random(7), tiny_base(architecture).fresh()
-    everywhere = {name: one for name, one in adapters(architecture).items() if not one.row.virtual}
+    everywhere = {name: one for name, one in adapters(architecture).items() if not (one.row.virtual or one.row.edits)}
     made = {name: one for name, one in everywhere.items() if not one.row.invoked}
-    plain = affine_maps(summed)
-    maps = {name: affine_maps(adapter.peft) for name, adapter in made.items()}
+    names_of_modules = leaves(summed)
+    plain = affine_maps(summed, names_of_modules)
+    adapted = [ROOT + name for name in names_of_modules]
+    maps = {name: affine_maps(adapter.peft, adapted) for name, adapter in made.items()}
     grafts = {name: rig.graft(adapter.folder, adapter.row.kind) for name, adapter in made.items()}
     pairs, refused = [], []
     # All three scale the same Linear's output, or add to it; and everything at once but what scales an input.
@@ -71,23 +73,23 @@ def _crosses(terms: list[tuple[Graft, float]]) -> bool:
     )
 
 
-def affine_maps(model: nn.Module) -> dict[str, Affine]:
-    """Each Linear's matrix and bias as it answers to zero and to the unit vectors, adapter and all."""
+def affine_maps(model: nn.Module, names: Iterable[str]) -> dict[str, Affine]:
+    """Each module's weight and bias as it answers to probes, adapter and all, by its name in the base."""
     maps: dict[str, Affine] = {}
-    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in wrapped)
-        if inside or not (name in wrapped or isinstance(module, nn.Linear | Conv1D)):
-            continue
-        inputs = _inputs(module.base_layer if name in wrapped else module)
+    for name in names:
+        module = model.get_submodule(name)
         with torch.no_grad():
-            bias = module(torch.zeros(1, inputs))[0]
-            maps[name.removeprefix(ROOT)] = ((module(torch.eye(inputs)) - bias).t(), bias)
+            maps[name.removeprefix(ROOT)] = _answers(module, _inside(module))
     return maps
 
 
+def leaves(model: nn.Module) -> list[str]:
+    """Every module of the base that has a weight."""
+    return [name for name, module in model.named_modules() if dict(module.named_parameters(recurse=False))]
+
+
 def set_sum(model: nn.Module, plain: Mapping[str, Affine], terms: list[tuple[Mapping[str, Affine], float]]) -> None:
-    """The base's weights and biases plus the weighted differences of the adapted ones."""
+    """The base's weights and biases plus the weighted differences of the adapted ones. What was tied is so no more."""
     for name, (weight, bias) in plain.items():
         module = model.get_submodule(name)
         weight = weight + sum(share * (other[name][0] - weight) for other, share in terms)
@@ -96,8 +98,26 @@ def set_sum(model: nn.Module, plain: Mapping[str, Affine], terms: list[tuple[Map
         module.bias = nn.Parameter(bias)
 
 
-def _inputs(linear: Any) -> int:
-    return int(linear.weight.shape[0] if isinstance(linear, Conv1D) else linear.in_features)
+def _answers(module: nn.Module, base: Any) -> Affine:
+    """A Linear to zero and the unit vectors, an embedding to every id, a norm to what has no mean and a great norm."""
+    if isinstance(base, nn.Embedding):
+        return module(torch.arange(base.num_embeddings)), torch.zeros(())
+    if isinstance(base, nn.Linear | Conv1D):
+        inputs = base.weight.shape[0] if isinstance(base, Conv1D) else base.in_features
+        bias = module(torch.zeros(1, inputs))[0]
+        return (module(torch.eye(inputs)) - bias).t(), bias
+    signs = torch.tensor([1.0, -1.0]).repeat(len(base.weight) // 2)
+    up, down = module(1e4 * signs), module(-1e4 * signs)
+    return (up - down) / 2 * signs, (up + down) / 2
+
+
+def _inside(module: Any) -> nn.Module:
+    """The base's own module, however PEFT has wrapped it."""
+    while True:
+        wrapped = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if wrapped is None:
+            return module  # type: ignore[no-any-return]
+        module = wrapped
 
 
 def _logits(model: Any) -> Tensor:

@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.modules import router
 from trainer.modules.bottleneck import Bottlenecks
 from trainer.modules.loreft import Interventions
 from trainer.modules.sparse import SparseChanges, loaded_config
@@ -57,6 +58,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "BOTTLENECK": Family(Bottlenecks),
     "LOREFT": Family(Interventions),
     "SPARSE": Family(SparseChanges, loaded_config),
+    "LORA_MOE": Family(router.build),
 }
 
 

@@ -15,14 +15,20 @@ from torch import Tensor
 from server.errors import AdapterIncompatible
 from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.delta import Delta
+from server.primitives.graft import Graft
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.route import Router
-from server.primitives.site import SiteShape, SiteValue
+from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised."""
+    """The base. `weight` gives a Linear's (O, I) weight by its name, in fp32, dequantised where it is quantised.
+
+    `sites` are its Linears, the output head among them. Norms and an embedding that the base does not compute as its
+    adapters need are missing here.
+    `places` are those on the residual stream that this base was seen to have.
+    """
 
     sites: Mapping[str, SiteShape]
     layers: tuple[LayerShape, ...]
@@ -32,6 +38,9 @@ class Target:
     max_rank: int
     max_virtual: int
     weight: Callable[[str], Tensor]
+    norms: Mapping[str, NormShape] = field(default_factory=dict)
+    embedding: EmbeddingShape | None = None
+    places: frozenset[str] = frozenset()
     decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told apart
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -45,23 +54,45 @@ class Target:
     def place_delta(self, delta: Delta) -> Delta:
         """On the device: a dense one in its dtype, a sparse one in fp32."""
         if delta.matrix_OI.layout != torch.sparse_csr:
-            return Delta(self.place(delta.matrix_OI))
+            return Delta(self.place(delta.matrix_OI), delta.rows_N)
         if not delta.matrix_OI.values().isfinite().all():
             raise AdapterIncompatible("a value of a sparse delta is no finite number in torch.float32")
-        return Delta(delta.matrix_OI.to(self.device))
+        return Delta(delta.matrix_OI.to(self.device), delta.rows_N)
 
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """Primitives and the tokens at which they work, a soft prompt that the base must still turn into a prefix, or a
-    router over other adapters."""
+    """Primitives and the tokens at which they work, or a soft prompt that the base must still turn into a prefix.
+
+    `sites` holds edits by their place. `beside` are parts of the same adapter that work at other tokens. A `router`
+    does nothing itself; `experts` are the adapters that it routes among, as references with whole digests.
+    """
 
     sites: Mapping[str, SiteValue] = field(default_factory=dict)
     prefix: Prefix | None = None
     soft_prompt_VE: Tensor | None = None
     reach: Reach = EVERYWHERE
+    beside: tuple[Lowered, ...] = ()
     router: Router | None = None
-    experts: tuple[str, ...] = ()  # of a router: references with whole digests
+    experts: tuple[str, ...] = ()
+
+    def graft(self, digest: str, label: str, prefix: Prefix | None) -> Graft:
+        """The adapter whole; `prefix` is its own, or what the base made of its soft prompt."""
+        beside = tuple(
+            Graft(digest, label, other.sites, reach=other.reach, part=f"#{index}")
+            for index, other in enumerate(self.beside)
+        )
+        return Graft(
+            digest,
+            label,
+            self.sites,
+            prefix,
+            self.soft_prompt_VE,
+            self.reach,
+            beside=beside,
+            router=self.router,
+            experts=tuple(expert.partition("@")[2] for expert in self.experts),
+        )
 
 
 Lowering = Callable[[Mapping[str, Any], Mapping[str, Tensor], Target], Lowered]

@@ -16,7 +16,7 @@ def test_a_base_is_described_by_its_shapes_and_tokenizer(base: Path) -> None:
     described = describe_base(base, name="tiny")
     assert described.model_dump(exclude={"tokenizer", "fingerprint"}) == {
         "name": "tiny", "revision": None, "model_type": "llama", "hidden_size": 32, "layers": 2, "heads": 4,
-        "kv_heads": 2, "head_dim": 8, "intermediate_size": 48, "vocab_size": 64,
+        "kv_heads": 2, "head_dim": 8, "intermediate_size": 48, "vocab_size": 64, "experts": None,
     }  # fmt: skip
     assert described.kv_width == 16
 

@@ -196,6 +196,9 @@ def rig(network: Network, base: Path, hub: LocalHub) -> Callable[..., Any]:
             config.max_rank,
             config.max_virtual,
             network.weight,
+            facts.norms,
+            facts.embedding,
+            facts.places,
             facts.decoder_layers,
         )
         metrics = Metrics()

@@ -90,7 +90,8 @@ def refusal(case: str, given: Mapping[str, Tensor], **changes: Any) -> str:
 
 
 def test_every_kind_that_changes_linears_is_here() -> None:
-    assert {kind for kind, _, _ in CASES.values()} | {"prefix", "prompt", "p-tuning"} == LOWERINGS.keys()
+    others = {"prefix", "prompt", "p-tuning", "bottleneck", "loreft"}
+    assert {kind for kind, _, _ in CASES.values()} | others == LOWERINGS.keys()
 
 
 @pytest.mark.parametrize("case", CASES)

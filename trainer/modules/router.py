@@ -1,0 +1,219 @@
+"""lora-moe: a trained router over frozen LoRA experts, and the experts themselves on their Linears.
+
+    s_e = w_e . h / rms(h) in every decoder layer, h the layer's input; the top_k best share softmax(s)
+    y += sum_e g_e B_e A_e x at every Linear of the layer, over the chosen experts alone
+
+Experts that were trained apart do not add up to anything of use, so the loss alone does not find the way from an even
+mixture to a choice. In the first `imitation_steps` each row is therefore served by the one expert under which its own
+answer is likeliest, and every layer learns, by cross entropy, to choose that one; nobody labels the rows. After that
+the router is trained as it is served, by the loss. Beside it stands Switch's price on uneven use, E * sum_e (share of
+the choices that fell on e) * (mean probability of e), averaged over the layers. Both prices are of one batch, however
+many batches make a step.
+Only the router is trained and saved: `router.weight` (L, E, H). Experts stay in the hub and are named by their digests.
+Source: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
+
+B batch, T tokens, E experts, H hidden size, L layers, r rank, I in, O out, P sum of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+
+from hub.connect import open_hub
+from hub.ref import parse_reference
+from trainer.encode import IGNORED
+from trainer.errors import BaseUnfit, ExpertUnfit
+
+RMS_EPSILON: Final = 1e-6  # as in the server
+START_STD: Final = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Low:
+    """One expert at one Linear; its scaling is inside B."""
+
+    A_rI: Tensor
+    B_Or: Tensor
+
+
+Expert = Mapping[str, Low]  # by the Linear's name
+
+
+class _WithPrice(torch.autograd.Function):
+    """Hands h on as it is, and gives the price its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, price: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], torch.ones((), device=gradients[0].device)
+
+
+class Router(nn.Module):
+    steps: Tensor  # that have been trained; in the checkpoints
+
+    def __init__(self, model: Any, config: Mapping[str, Any], experts: Sequence[Expert]) -> None:
+        """`config["imitation_steps"]` is of training alone and not saved."""
+        super().__init__()
+        self.active = True
+        self._config = config
+        self._top_k = int(config["top_k"])
+        self._price = float(config["router_aux_loss_coef"])
+        self._imitation_steps = int(config.get("imitation_steps", 0))
+        self._gates: Tensor | None = None
+        self._served_B: Tensor | None = None  # by which expert alone, instead of by choice
+        self._judging = False
+        self._real_BT: Tensor | None = None
+        blocks = decoder_layers(model)
+        hidden = model.config.get_text_config().hidden_size
+        self.weight = nn.Parameter(torch.zeros(len(blocks), len(experts), hidden))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
+        linears = dict(model.named_modules())
+        for name in sorted({name for expert in experts for name in expert}):
+            self._hook(linears[name], [expert.get(name) for expert in experts])
+        model.register_forward_pre_hook(self._read_mask, with_kwargs=True)
+
+    def start(self) -> None:
+        nn.init.normal_(self.weight, std=START_STD)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"router.weight": self.weight.detach()}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.weight.copy_(tensors["router.weight"])
+
+    def config(self) -> Mapping[str, Any]:
+        return {name: value for name, value in self._config.items() if name != "imitation_steps"}
+
+    def before_step(self) -> None:
+        """Nothing is added to the gradients: the price is inside them."""
+
+    def after_step(self, optimizer: Any, step: int) -> None:
+        self.steps.fill_(step)
+
+    def _read_mask(self, model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._real_BT = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if self._judging:
+            return
+        self._served_B = None
+        if self.training and int(self.steps) < self._imitation_steps:
+            self._served_B = self._best(model, kwargs)
+
+    def _best(self, model: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        """For every row of the batch the expert under which its learnt tokens are likeliest."""
+        inputs = {name: value for name, value in kwargs.items() if name in ("input_ids", "attention_mask")}
+        labels_BT = kwargs["labels"][:, 1:]
+        losses = []
+        self._judging = True
+        try:
+            with torch.no_grad():
+                for expert in range(self.weight.shape[1]):
+                    self._served_B = torch.full((len(labels_BT),), expert, device=labels_BT.device)
+                    logits_BVT = model(**inputs).logits[:, :-1].float().transpose(1, 2)
+                    losses.append(cross_entropy(logits_BVT, labels_BT, ignore_index=IGNORED, reduction="none").sum(1))
+        finally:
+            self._judging = False
+        return torch.stack(losses).argmin(0)
+
+    def _enter(self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            return None
+        h_BTH = args[0] if args else kwargs["hidden_states"]
+        normed = h_BTH * torch.rsqrt(h_BTH.square().mean(-1, keepdim=True) + RMS_EPSILON)
+        scores_BTE = normed @ self.weight[layer].t()
+        probs_BTE = scores_BTE.softmax(-1)
+        best_BTK, chosen_BTK = scores_BTE.topk(self._top_k, dim=-1)
+        if self._served_B is not None:
+            alone_BE = one_hot(self._served_B, probs_BTE.shape[-1]).to(probs_BTE)
+            self._gates = alone_BE[:, None].expand_as(probs_BTE)
+        else:
+            self._gates = torch.zeros_like(probs_BTE).scatter(-1, chosen_BTK, best_BTK.softmax(-1))
+        if not (self.training and torch.is_grad_enabled()):
+            return None
+        price = self._price * self._unevenness(probs_BTE, chosen_BTK)
+        if self._served_B is not None:
+            missed_BT = cross_entropy(
+                scores_BTE.transpose(1, 2), self._served_B[:, None].expand(scores_BTE.shape[:2]), reduction="none"
+            )
+            price = price + self._of_real(missed_BT).mean()
+        priced = _WithPrice.apply(h_BTH, price / len(self.weight))
+        return ((priced, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": priced})
+
+    def _unevenness(self, probs_BTE: Tensor, chosen_BTK: Tensor) -> Tensor:
+        """One when use is even; only tokens that are no padding count."""
+        experts = probs_BTE.shape[-1]
+        used_BTE = torch.zeros_like(probs_BTE).scatter(-1, chosen_BTK, 1.0 / chosen_BTK.shape[-1])
+        return experts * (self._of_real(used_BTE).mean(0) * self._of_real(probs_BTE).mean(0)).sum()
+
+    def _of_real(self, value_BT: Tensor) -> Tensor:
+        """The tokens that are no padding, in one row."""
+        if self._real_BT is None:
+            return value_BT.flatten(0, 1)
+        return value_BT[self._real_BT]
+
+    def _hook(self, linear: nn.Module, lows: Sequence[Low | None]) -> None:
+        there = [(number, low) for number, low in enumerate(lows) if low is not None]
+        A_PI = torch.cat([low.A_rI for _, low in there])
+        B_OP = torch.cat([low.B_Or for _, low in there], dim=1)
+        owner_P = torch.tensor([number for number, low in there for _ in range(low.A_rI.shape[0])])
+
+        def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+            if not self.active or self._gates is None:
+                return None
+            return y + ((args[0] @ A_PI.t()) * self._gates[..., owner_P]) @ B_OP.t()
+
+        linear.register_forward_hook(add)
+
+
+def build(model: Any, config: Mapping[str, Any]) -> Router:
+    """With the experts that the config pins, from the hub. Raises: ExpertUnfit, HubError."""
+    hub = open_hub()
+    experts = []
+    for reference in config["experts"]:
+        with TemporaryDirectory() as folder:
+            hub.pull(parse_reference(reference), Path(folder) / "expert")
+            experts.append(load_expert(model, Path(folder) / "expert", reference))
+    return Router(model, config, experts)
+
+
+def load_expert(model: Any, folder: Path, reference: str) -> Expert:
+    """A LoRA's terms as PEFT loads them onto this base, which is left as it was. Raises: ExpertUnfit."""
+    loaded = PeftModel.from_pretrained(model, str(folder))
+    config = loaded.peft_config["default"]
+    plain = str(config.peft_type.value) == "LORA" and config.bias == "none"
+    if not plain or config.use_dora or config.lora_bias:
+        loaded.unload()
+        raise ExpertUnfit(f"expert {reference} is no plain LoRA: experts are low-rank terms alone")
+    expert = {}
+    for name, module in loaded.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            A_rI, B_Or = module.lora_A["default"].weight, module.lora_B["default"].weight
+            scaled = B_Or.detach().clone() * module.scaling["default"]
+            expert[name.removeprefix("base_model.model.")] = Low(A_rI.detach().clone(), scaled)
+    loaded.unload()
+    return expert
+
+
+def decoder_layers(model: Any) -> Sequence[nn.Module]:
+    """Raises: BaseUnfit."""
+    decoder = model.base_model
+    blocks = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
+    if blocks is None:
+        raise BaseUnfit(f"no decoder layers are found in {type(model).__name__}, which a router reads")
+    return list(blocks)
