@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hub.base import Base, Modules, check_against_weights, describe_base, find_local_base, modules, name_of
+from hub.centroids import centroids_problems
 from hub.digest import DIGEST, sha256_of
 from hub.errors import BaseNotFound, BaseUnusable, NotFound, Problem, Refused
 from hub.families.method import Layout, Method
 from hub.manifest import (
+    CENTROID_TENSORS_FILE,
+    CENTROIDS_FILE,
     CONFIG_FILE,
     GOLDEN_ROWS_FILE,
     GOLDEN_TENSORS_FILE,
@@ -47,9 +50,10 @@ from hub.methods import (
 from hub.ref import is_name, printable
 from hub.strict_json import BadJson, parse, readable
 from hub.targets import matching_complaint
-from hub.weights import Scan, golden_problems, scan_golden, scan_weights
+from hub.weights import Scan, golden_problems, scan_centroids, scan_golden, scan_weights
 
 MAX_GOLDEN_BYTES = 512 << 20
+MAX_CENTROID_BYTES = 64 << 20
 MAX_FILES = 64
 MAX_PROBLEMS = 1000
 
@@ -57,13 +61,15 @@ MAX_PROBLEMS = 1000
 TEXT_BYTES: Mapping[str, int] = {
     CONFIG_FILE: 1 << 20,
     GOLDEN_ROWS_FILE: 4 << 20,
+    CENTROIDS_FILE: 64 << 10,
     RECIPE_FILE: 1 << 20,
     METRICS_FILE: 1 << 20,
     README_FILE: 1 << 20,
     TEMPLATE_FILE: 256 << 10,
     MANIFEST_FILE: 4 << 20,  # written by a pull; made anew at a push, never kept
 }
-JSON_OBJECTS = (CONFIG_FILE, GOLDEN_ROWS_FILE, RECIPE_FILE, METRICS_FILE)
+JSON_OBJECTS = (CONFIG_FILE, GOLDEN_ROWS_FILE, CENTROIDS_FILE, RECIPE_FILE, METRICS_FILE)
+PAIRS = ((GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE), (CENTROIDS_FILE, CENTROID_TENSORS_FILE))
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04", b"\x93NUMPY")
 _OF_THE_BASE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -162,6 +168,8 @@ def _validated(
     config = findings.values.get(CONFIG_FILE)
     method = _method(config, findings)
     demand = _demand(config, method, described=described(config), findings=findings, limits=limits)
+    if CENTROIDS_FILE in findings.values:
+        findings.problems += centroids_problems(findings.values[CENTROIDS_FILE], demand.base)
     scans = _scan_tensors(sizes, opened, demand=demand, findings=findings, limits=limits)
     if findings.problems:
         raise Refused(what, _told(findings.problems))
@@ -180,7 +188,15 @@ def _told(problems: list[Problem]) -> list[Problem]:
 def file_limits(limits: Limits) -> Mapping[str, int]:
     """The files that an adapter may consist of, with the most bytes of each."""
     kept = {name: limit for name, limit in TEXT_BYTES.items() if name != MANIFEST_FILE}
-    return {**kept, WEIGHTS_FILE: limits.max_weights_bytes, GOLDEN_TENSORS_FILE: MAX_GOLDEN_BYTES}
+    return {**kept, **_tensor_limits(limits)}
+
+
+def _tensor_limits(limits: Limits) -> dict[str, int]:
+    return {
+        WEIGHTS_FILE: limits.max_weights_bytes,
+        GOLDEN_TENSORS_FILE: MAX_GOLDEN_BYTES,
+        CENTROID_TENSORS_FILE: MAX_CENTROID_BYTES,
+    }
 
 
 def config_bytes(manifest: Manifest) -> bytes:
@@ -231,7 +247,7 @@ def _demand_both(names: Mapping[str, int], findings: _Findings) -> None:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if name not in names:
             findings.add(name, None, "is missing")
-    for one, other in ((GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE), (GOLDEN_TENSORS_FILE, GOLDEN_ROWS_FILE)):
+    for one, other in (*PAIRS, *((second, first) for first, second in PAIRS)):
         if one in names and other not in names:
             findings.add(other, None, f"is missing beside {one}")
 
@@ -253,8 +269,9 @@ def why_no_part(name: str) -> str | None:
         return "is a pickle or an archive of one, which can run code; only safetensors are read: remove it"
     if name in _OF_THE_BASE:
         return "belongs to the base, whose own is used; remove it"
-    if name not in TEXT_BYTES and name not in (WEIGHTS_FILE, GOLDEN_TENSORS_FILE):
-        kept = sorted([*TEXT_BYTES, WEIGHTS_FILE, GOLDEN_TENSORS_FILE])
+    tensors = _tensor_limits(Limits())
+    if name not in TEXT_BYTES and name not in tensors:
+        kept = sorted([*TEXT_BYTES, *tensors])
         return f"is no part of an adapter, which is made of {', '.join(kept)}; remove it"
     return None
 
@@ -382,7 +399,7 @@ def _scan_tensors(
     sizes: Mapping[str, int], opened: Opener, *, demand: _Demand, findings: _Findings, limits: Limits
 ) -> dict[str, Scan]:
     scans: dict[str, Scan] = {}
-    for name, limit in ((WEIGHTS_FILE, limits.max_weights_bytes), (GOLDEN_TENSORS_FILE, MAX_GOLDEN_BYTES)):
+    for name, limit in _tensor_limits(limits).items():
         if name not in sizes:
             continue
         try:
@@ -393,10 +410,12 @@ def _scan_tensors(
                     continue
                 if name == WEIGHTS_FILE:
                     scans[name] = scan_weights(source, size, layout=demand.layout, modules=demand.modules)
+                elif name == GOLDEN_TENSORS_FILE:
+                    rows = findings.values.get(GOLDEN_ROWS_FILE)
+                    scans[name] = scan_golden(source, size, rows=rows, base=demand.base)
                 else:
-                    scans[name] = scan_golden(
-                        source, size, rows=findings.values.get(GOLDEN_ROWS_FILE), base=demand.base
-                    )
+                    said = findings.values.get(CENTROIDS_FILE)
+                    scans[name] = scan_centroids(source, size, said=said, base=demand.base)
         except OSError as error:
             findings.add(name, None, f"cannot be read: {error.strerror}")
             continue

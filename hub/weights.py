@@ -1,4 +1,4 @@
-"""The two tensor files of an adapter, checked against what its config and its base demand.
+"""The tensor files of an adapter, checked against what its config and its base demand.
 
 One pass over each file: header, names, shapes, types, every value finite, and the sha256 on the way. Memory stays flat.
 Never unpickles, never maps a file, never keeps a tensor, except the few ids of golden rows.
@@ -14,10 +14,16 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from hub.base import HEAD, Base, Modules
+from hub.centroids import centroids_problems
 from hub.digest import CHUNK_BYTES
 from hub.errors import SHOWN_PROBLEMS, BadTensors, Problem
 from hub.families.method import TENSOR_PREFIX, Layout
-from hub.manifest import GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE, WEIGHTS_FILE
+from hub.manifest import (
+    CENTROID_TENSORS_FILE,
+    GOLDEN_ROWS_FILE,
+    GOLDEN_TENSORS_FILE,
+    WEIGHTS_FILE,
+)
 from hub.ref import printable
 from hub.tensors import BYTES_OF, TensorEntry, read_header
 
@@ -93,16 +99,51 @@ def scan_golden(source: BinaryIO, size: int, *, rows: Any, base: Base | None) ->
     for row, length in enumerate(lengths):
         wanted[f"{row}.input_ids"] = ("I64", (length,))
         wanted[f"{row}.logits"] = ("F32", (base.vocab_size,))
-    for name in sorted(wanted.keys() | scan.entries.keys()):
-        found = scan.entries.get(name)
+    missing = f"is missing: {GOLDEN_ROWS_FILE} has {len(lengths)} rows"
+    reasons += _unlike(scan.entries, wanted, missing=missing, extra="is no row's input_ids or logits")
+    return _with(scan, GOLDEN_TENSORS_FILE, reasons)
+
+
+def scan_centroids(source: BinaryIO, size: int, *, said: Any, base: Base | None) -> Scan:
+    """Check centroids.safetensors against centroids.json and the base's width."""
+    reasons: list[tuple[str, str]] = []
+
+    def consume(entry: TensorEntry, chunk: bytes) -> None:
+        if entry.dtype != "F32":
+            return
+        if count_non_finite(chunk, "F32"):
+            reasons.append((entry.name, "holds NaN or infinite values"))
+        elif entry.name == "scale" and count_not_positive(chunk):
+            reasons.append((entry.name, "holds values that are not above 0"))
+
+    scan = _scan(CENTROID_TENSORS_FILE, source, size=size, consume=consume)
+    if scan.problems or base is None or centroids_problems(said, base):
+        return _with(scan, CENTROID_TENSORS_FILE, reasons)
+    width = base.hidden_size
+    wanted = {
+        "mean": ("F32", (width,)),
+        "scale": ("F32", (width,)),
+        "centroids": ("F32", (said["centroids"], width)),
+    }
+    reasons += _unlike(scan.entries, wanted, missing="is missing", extra="is none of mean, scale and centroids")
+    return _with(scan, CENTROID_TENSORS_FILE, reasons)
+
+
+def _unlike(
+    entries: Mapping[str, TensorEntry], wanted: Mapping[str, tuple[str, tuple[int, ...]]], *, missing: str, extra: str
+) -> list[tuple[str, str]]:
+    """What is missing, extra, or of another type or shape than wanted."""
+    reasons = []
+    for name in sorted(wanted.keys() | entries.keys()):
+        found = entries.get(name)
         if found is None:
-            reasons.append((name, f"is missing: {GOLDEN_ROWS_FILE} has {len(lengths)} rows"))
+            reasons.append((name, missing))
         elif name not in wanted:
-            reasons.append((name, "is no row's input_ids or logits"))
+            reasons.append((name, extra))
         elif (found.dtype, found.shape) != wanted[name]:
             dtype, shape = wanted[name]
             reasons.append((name, f"is {found.dtype} {_shape(found.shape)}, must be {dtype} {_shape(shape)}"))
-    return _with(scan, GOLDEN_TENSORS_FILE, reasons)
+    return reasons
 
 
 def _wrong_dtype(entry: TensorEntry, layout: Layout | None) -> str | None:
@@ -136,6 +177,13 @@ def count_non_finite(chunk: bytes, dtype: str) -> int:
     word, exponent = _EXPONENT[dtype]
     bits = np.frombuffer(chunk, dtype=word)
     return int(np.count_nonzero((bits & exponent) == exponent))
+
+
+def count_not_positive(chunk: bytes) -> int:
+    """How many values of an F32 tensor are 0 or below."""
+    import numpy as np
+
+    return int(np.count_nonzero(np.frombuffer(chunk, dtype="<f4") <= 0))
 
 
 def _is_row(row: Any) -> bool:

@@ -65,6 +65,14 @@ def serve(
     allow: Annotated[
         list[str] | None, typer.Option(help="Only names that fit, such as 'team/*', may be loaded; may be repeated.")
     ] = None,
+    auto_threshold: Annotated[
+        float,
+        typer.Option(
+            help="Model auto: added to the score that each adapter asks of a prompt; above 0 leaves more to the base.",
+            min=-2,
+            max=2,
+        ),
+    ] = _ADAPTERS.auto_threshold,
     disk_bytes: Annotated[
         int, typer.Option(help="Bytes on this disk of what was fetched from a remote hub.", min=0)
     ] = _ADAPTERS.disk_bytes,
@@ -112,6 +120,7 @@ def serve(
             max_weight=max_weight,
             cache_bytes=adapter_bytes,
             default_alias=default_alias,
+            auto_threshold=auto_threshold,
             allow=tuple(allow or ()),
             disk_bytes=disk_bytes,
             check_golden=check_golden,

@@ -39,6 +39,7 @@ class AdapterConfig:
     cache_bytes: int = 2 << 30
     max_concurrent_loads: int = 2
     default_alias: str = "latest"
+    auto_threshold: float = 0.0  # added to each adapter's own threshold in semantic routing
     allow: tuple[str, ...] = ()  # patterns of the names that may be loaded; none: all
     disk_bytes: int = 10 << 30  # of what was fetched from a remote hub
     check_golden: bool = True

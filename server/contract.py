@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from server.primitives.graft import Graft
 from server.primitives.prefix import Prefix
 from server.primitives.routed_experts import Route
-from server.records import Event, GenerationRequest, Mixture, RoutingOrder
+from server.records import Event, GenerationRequest, Mixture, PromptChoice, RoutingOrder
 
 
 class Lease(Protocol):
@@ -112,6 +112,9 @@ class HubStatus:
     away_since: float | None
 
 
+Embed = Callable[[], Awaitable[Sequence[float]]]
+
+
 class Adapters(Protocol):
     async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
         """Resolve every reference to a digest, load what is absent, lease all. No terms: the bare base.
@@ -121,6 +124,19 @@ class Adapters(Protocol):
         Raises: ModelNotFound, InvalidValue (a malformed reference, a weight), MixtureRefused, AdapterIncompatible,
         AdapterUnavailable.
         """
+
+    async def nearest(self, candidates: Sequence[str], embed: Embed) -> PromptChoice:
+        """Choose the adapter whose training prompts are nearest to a prompt, or the base.
+
+        No candidates: every name that this base can serve under its default alias and that has centroids. `embed`
+        gives the prompt's embedding; it is called only where there is something to choose.
+
+        Raises: ModelNotFound, InvalidValue (also for a candidate without centroids), AdapterIncompatible,
+        AdapterUnavailable, and what `embed` raises.
+        """
+
+    async def routable(self) -> bool:
+        """Whether any adapter can be chosen by a prompt."""
 
     async def known(self, reference: str) -> Servable | None:
         """The model of that id, if it can be asked for (GET /v1/models/{id}); never loads anything."""

@@ -62,11 +62,30 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptChoice:
+    """What semantic routing made of a prompt. `chosen` is a reference, None the bare base.
+
+    `score` and `threshold` are those of the chosen one, else of the nearest; None where nobody could be asked.
+    `nearest` are the best (reference, score), the best first.
+    """
+
+    chosen: str | None
+    score: float | None
+    threshold: float | None
+    nearest: tuple[tuple[str, float], ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Mixture:
-    """The adapters of one request with their weights; no terms and no routing means the bare base."""
+    """The adapters of one request with their weights; no terms and no routing means the bare base.
+
+    `choice` tells how a prompt came to its terms, for the answer alone.
+    """
 
     terms: tuple[AdapterTerm, ...] = ()
     routing: Routing | None = None
+    choice: PromptChoice | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +130,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     return_routing: bool = False  # tell with every token which experts served the positions before it
     keep_logits: bool = False  # golden rows: the last prompt position's logits ride on `Finished`
+    embed: bool = False  # the prompt's embedding rides on `Finished`
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +169,7 @@ class Finished:
     cached_tokens: int
     stop_token_id: int | None = None
     logits: tuple[float, ...] | None = None
+    embedding: tuple[float, ...] | None = None
     routes: tuple[RouteRow, ...] = ()  # as in `Sampled`
 
 

@@ -50,6 +50,7 @@ def register(app: typer.Typer) -> None:
 
     app.command("train")(train_command)
     app.command("import")(import_command)
+    app.command("centroids")(centroids_command)
     app.command("fuse")(fuse_command)
     app.command("extract")(extract_command)
 
@@ -136,6 +137,25 @@ def import_command(
     with failures_on_stderr():
         kind = import_folder(folder, out, base)
     typer.echo(f"{kind} adapter in {out}; hub push {out} NAME puts it into the hub")
+
+
+def centroids_command(
+    folder: Annotated[Path, typer.Argument(help="An adapter that has none, or old ones.")],
+    data: Annotated[str, typer.Option(help="What it is for: a file of chat JSON lines, or task:NAME[:ROWS].")],
+    base: Annotated[str | None, typer.Option(help="The base; default: the one that the adapter names.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Leave out rows of more tokens than this.")] = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to run the base.")] = DeviceName.AUTO,
+) -> None:
+    """Write beside an adapter where its prompts lie, so that model auto can choose it. Push it again afterwards."""
+    with failures_on_stderr():
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see docs/decisions/0009
+        from trainer.quiet import quiet_libraries
+
+        quiet_libraries()
+        from trainer.centroids import add_centroids
+
+        prompts = add_centroids(folder, data, base=base, max_length=max_length, device=device.value)
+    typer.echo(f"centroids of {prompts} prompts in {folder}")
 
 
 def run(

@@ -23,6 +23,7 @@ from trl import SFTConfig
 
 from trainer import checkpoint, export
 from trainer.base import DEFAULT_MAX_LENGTH, OpenBase, choose_device, library_versions, open_base
+from trainer.centroids import FEWEST_PROMPTS, Form, form_of, write_centroids
 from trainer.data import Dataset, load_dataset
 from trainer.encode import Encoded, encode_rows
 from trainer.errors import Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged
@@ -68,6 +69,7 @@ class Lesson:
     held_out: Sequence[Encoded]
     order: Sequence[int]
     steps: int
+    form: Form = "chat"
 
 
 def train(
@@ -100,7 +102,7 @@ def train(
     began = time.perf_counter()
     run_steps(model, settled, lesson, base, work, start, workshop, device, report, stop or Event())
     train_s = time.perf_counter() - began
-    metrics = finish(model, settled, lesson, base, work, out, device)
+    metrics = finish(model, settled, lesson, base, work, out, device, report)
     return TrainResult(
         folder=out,
         recipe=record(settled, library_versions()),
@@ -165,7 +167,7 @@ def prepare(recipe: Recipe, dataset: Dataset, base: OpenBase, plan: Plan, report
     steps = recipe.steps or math.ceil((recipe.epochs or 1) * len(train_rows.rows) / rows_per_step)
     lengths = [len(row.ids) for row in train_rows.rows]
     numbers = order(lengths, rows_per_step=rows_per_step, steps=steps, seed=recipe.seed)
-    return Lesson(train_rows.rows, held_out.rows, numbers, steps)
+    return Lesson(train_rows.rows, held_out.rows, numbers, steps, form_of(dataset.train.rows[0].content))
 
 
 def settle(recipe: Recipe, dataset: Dataset, plan: Plan, steps: int) -> Recipe:
@@ -347,7 +349,14 @@ class Steps(TrainerCallback):
 
 
 def finish(
-    model: Any, recipe: Recipe, lesson: Lesson, base: OpenBase, work: Path, out: Path, device: torch.device
+    model: Any,
+    recipe: Recipe,
+    lesson: Lesson,
+    base: OpenBase,
+    work: Path,
+    out: Path,
+    device: torch.device,
+    report: Reporter,
 ) -> Mapping[str, float]:
     """Export, load back, measure, and put the folder in its place; the run's folder goes when it is there."""
     staging = work / "export"
@@ -358,6 +367,10 @@ def finish(
     loaded = export.load_adapter(staging, base, device)
     metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
     export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out))
+    with loaded.disable_adapter():
+        centred = write_centroids(loaded, staging, base, [row.prompt for row in lesson.train], lesson.form)
+    if not centred:
+        report.note(f"fewer than {FEWEST_PROMPTS} different prompts: no centroids, so model auto will not choose it")
     export.write_records(staging, record(recipe, library_versions()), metrics)
     export.publish(staging, out)
     shutil.rmtree(work)

@@ -17,14 +17,23 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from hub.base import Base
 from hub.contract import Adapter as HubAdapter
 from hub.contract import HubReader, places
 from hub.errors import BadReference, Corrupt, HubError, HubUnavailable, LogLost, NotFound
 from hub.keys import fits
-from hub.manifest import GOLDEN_ROWS_FILE, GOLDEN_TENSORS_FILE, WEIGHTS_FILE, Manifest
+from hub.manifest import (
+    CENTROID_TENSORS_FILE,
+    CENTROIDS_FILE,
+    GOLDEN_ROWS_FILE,
+    GOLDEN_TENSORS_FILE,
+    WEIGHTS_FILE,
+    Manifest,
+)
 from hub.ref import Reference, parse_reference
+from server.adapters.semantic import Centroids
 from server.errors import (
     AdapterIncompatible,
     AdapterUnavailable,
@@ -171,6 +180,20 @@ class Source:
         if manifest.file(GOLDEN_TENSORS_FILE) is not None:
             golden = self._golden(manifest, resolution.label)
         return Artifact(manifest.kind, manifest.rank, manifest.config, tensors, golden)
+
+    def centroids(self, resolution: Resolution) -> Centroids | None:
+        """Where the prompts of one version lie, if it tells; reads nothing else of it.
+
+        Raises: AdapterIncompatible, AdapterUnavailable.
+        """
+        manifest = _translate(resolution.label, self._hub.manifest, resolution.digest)
+        self._check_base(manifest, resolution.label)
+        if manifest.file(CENTROIDS_FILE) is None:
+            return None
+        said = json.loads(_translate(resolution.label, self._hub.read, manifest.digest, CENTROIDS_FILE))
+        tensors = self._tensors(manifest, CENTROID_TENSORS_FILE, resolution.label)
+        units_CE = normalize(tensors["centroids"], dim=-1)
+        return Centroids(tensors["mean"], tensors["scale"], units_CE, float(said["threshold"]))
 
     def listed(self) -> Sequence[Listed]:
         """Every name that this base can serve under its default alias."""

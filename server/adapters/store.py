@@ -24,11 +24,13 @@ from typing import Protocol
 from torch import Tensor
 
 from server.adapters import golden
+from server.adapters.catalogue import Catalogue
 from server.adapters.lowering.table import lower
 from server.adapters.lowering.target import Lowered, Target
+from server.adapters.semantic import Candidate, rank, tell
 from server.adapters.source import Artifact, Forgotten, Happened, Listed, Resolution, Source
 from server.config import AdapterConfig
-from server.contract import AdapterStatus, HubStatus, Lease, Servable
+from server.contract import AdapterStatus, Embed, HubStatus, Lease, Servable
 from server.errors import (
     AdapterIncompatible,
     AdapterUnavailable,
@@ -42,7 +44,7 @@ from server.metrics import Metrics
 from server.primitives.graft import Graft, check_mixture, combined, prefixed
 from server.primitives.prefix import Prefix
 from server.primitives.routed_experts import Expert, Route, make_prototypes, why_no_expert
-from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, Routing, RoutingOrder
+from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, PromptChoice, Routing, RoutingOrder
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +162,7 @@ class AdapterStore:
         self._load_slots = asyncio.Semaphore(config.max_concurrent_loads)
         self._room = asyncio.Event()
         self._hub = HubStatus(True, 0, None)
+        self._catalogue = Catalogue(source)
         self._background: set[asyncio.Task[None]] = set()
 
     async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
@@ -181,6 +184,64 @@ class AdapterStore:
         if routed is None:
             return HeldLease(self, Mixture(tuple(described)), held, join)
         return HeldLease(self, Mixture(tuple(described), routed[0]), held, join, routed[1])
+
+    async def nearest(self, candidates: Sequence[str], embed: Embed) -> PromptChoice:
+        if candidates:
+            found = [await self._named_candidate(text) for text in candidates]
+        else:
+            found = [candidate async for candidate in self._each_candidate()]
+        if not found:
+            return tell((), None)
+        ranked = rank(found, await embed(), self._config.auto_threshold)
+        for scored in ranked:
+            if not scored.reached:
+                continue
+            try:
+                await self.warm(scored.candidate.ref)
+            except (AdapterIncompatible, AdapterUnavailable, ModelNotFound) as error:
+                if candidates:
+                    raise
+                log.warning("semantic routing passes over %s: %s", scored.candidate.ref, error.message)
+                continue
+            return tell(ranked, scored)
+        return tell(ranked, None)
+
+    async def routable(self) -> bool:
+        async for _ in self._each_candidate():
+            return True
+        return False
+
+    async def _named_candidate(self, text: str) -> Candidate:
+        resolution = await self._serving(self._named.get(text, text))
+        centroids = await self._catalogue.centroids(resolution)
+        if centroids is None:
+            raise InvalidValue(
+                f"routing.candidates: {text[:200]} ({resolution.label}) has no centroids, so no prompt can be compared "
+                "with it; hub centroids makes them",
+                param="routing.candidates",
+            )
+        return Candidate(text, centroids)
+
+    async def _each_candidate(self) -> AsyncGenerator[Candidate, None]:
+        """Every name under its default alias that has centroids; what is known to fail here is left out."""
+        for name, listed in (await self._catalogue.names()).items():
+            pointer = self._pointers.get((name, self._config.default_alias))
+            resolution = pointer.serving if pointer else listed
+            if resolution.digest in self._failed:
+                continue
+            try:
+                centroids = await self._catalogue.centroids(resolution)
+            except (AdapterIncompatible, AdapterUnavailable, ModelNotFound, Unavailable) as error:
+                log.warning("semantic routing leaves %s out: %s", name, error.message)
+                continue
+            if centroids is not None:
+                yield Candidate(name, centroids)
+
+    async def _serving(self, reference: str) -> Resolution:
+        """What a reference means here today."""
+        key = self._source.pointer(reference)
+        pointer = self._pointers.get(key) if key else None
+        return pointer.serving if pointer else await asyncio.to_thread(self._source.resolve, reference)
 
     async def _routed(
         self, held: list[tuple[Resident, float]], order: RoutingOrder | None
@@ -332,6 +393,8 @@ class AdapterStore:
                     await self._follow_all(seen)
                 async with aclosing(self._events(seen)) as batches:
                     async for events in batches:
+                        if events:
+                            self._catalogue.forget_names()
                         for name in dict.fromkeys(event.name for event in events):
                             await self._follow(name)
                         seen = max([seen, *(event.seq for event in events)])
@@ -373,6 +436,7 @@ class AdapterStore:
             over.set()
 
     async def _follow_all(self, seen: int) -> None:
+        self._catalogue.forget_names()
         for name in {name for name, _ in self._pointers}:
             await self._follow(name)
         self._found(seen)

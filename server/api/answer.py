@@ -46,7 +46,7 @@ async def answer(service: Service, request: Request, read: Reader) -> Response:
     except ClientGone:
         service.metrics.request_refused("cancelled")
         raise
-    headers = _headers(service, generation.mixture, ticket.ignored)
+    headers = served_headers(service, generation.mixture, ticket.ignored)
     return await (_stream if ticket.stream else _whole)(generation, ticket, request, headers)
 
 
@@ -108,7 +108,7 @@ def _says_something(piece: Piece) -> bool:
     return bool(piece.text or piece.token_ids or piece.finish_reason)
 
 
-def _headers(service: Service, mixture: Mixture, ignored: tuple[str, ...]) -> dict[str, str]:
+def served_headers(service: Service, mixture: Mixture, ignored: tuple[str, ...]) -> dict[str, str]:
     """What served it, as a `model` of pinned versions that gives the same again.
 
     Where arrow chose token by token there is no such model: the candidates' versions stand with commas between.

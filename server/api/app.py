@@ -19,6 +19,7 @@ from server.api import managing
 from server.api.answer import answer
 from server.api.disconnect import ClientGone
 from server.api.edge import Edge
+from server.api.embeddings import embeddings
 from server.api.gauges import Gauges
 from server.api.keys import admit_admin
 from server.api.listing import find_model, list_models
@@ -29,6 +30,7 @@ from server.api.requests import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingsBody,
     LoadBody,
     ReferenceBody,
     TokenizeBody,
@@ -80,6 +82,10 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", **generation_docs(CompletionBody))
     async def completions(request: Request) -> Response:
         return await answer(service, request, read_completion)
+
+    @app.post("/v1/embeddings", **json_docs(EmbeddingsBody))
+    async def to_vectors(request: Request) -> Response:
+        return await embeddings(service, request)
 
 
 def _add_reading(app: FastAPI, service: Service) -> None:

@@ -25,7 +25,8 @@ def choose(body: GenerationBody, *, base_names: Collection[str], whole_names: Co
     Raises: InvalidValue, also when two fields contradict each other; UnsupportedParameter, MixtureRefused.
     """
     chosen: dict[str, Terms] = {}
-    for field, text in (("model", body.model), ("lora_path", body.lora_path), ("adapter_id", body.adapter_id)):
+    model = None if routes_itself(body, base_names=base_names, whole_names=whole_names) else body.model
+    for field, text in (("model", model), ("lora_path", body.lora_path), ("adapter_id", body.adapter_id)):
         if text:
             if field != "model":
                 refuse_path(text, param=field)
@@ -39,16 +40,21 @@ def choose(body: GenerationBody, *, base_names: Collection[str], whole_names: Co
     return _agreed(chosen)
 
 
+def routes_itself(body: GenerationBody, *, base_names: Collection[str], whole_names: Collection[str] = ()) -> bool:
+    """Whether the model is `auto`, and no adapter and no base is called so here."""
+    return body.model == ROUTED and ROUTED not in base_names and ROUTED not in whole_names
+
+
 def read_terms(
     text: str, *, base_names: Collection[str], whole_names: Collection[str] = (), param: str = "model"
 ) -> Terms:
-    """Raises: InvalidValue, UnsupportedParameter."""
+    """Raises: InvalidValue."""
     if text in base_names:
         return ()
     if text in whole_names:
         return ((text, 1.0),)
     if text == ROUTED:
-        raise UnsupportedParameter(f"{param} {ROUTED!r}: routing is not supported by this server yet", param=param)
+        raise InvalidValue(f"{param} {ROUTED!r}: only the field model asks for routing so", param=param)
     for base in sorted(base_names, key=len, reverse=True):
         if text.startswith(base + ":"):
             text = text[len(base) + 1 :]

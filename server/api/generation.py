@@ -17,13 +17,13 @@ from server.api.choose import Terms
 from server.api.merge import merge
 from server.api.prompts import EncodedPrompt
 from server.api.sampling import choice_seed
-from server.api.semantic import choose_by_prompt
+from server.api.semantic import choose_by_prompt, terms_of
 from server.api.service import Service
 from server.api.transcript import Piece, Transcript
 from server.contract import Lease, Stream
 from server.errors import InvalidValue, PromptTooLong
 from server.metrics import Meter, Outcome
-from server.records import GenerationRequest, Mixture, RoutingOrder, Sampled, Sampling
+from server.records import GenerationRequest, Mixture, PromptChoice, RoutingOrder, Sampled, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,8 @@ async def start(service: Service, order: Order, *, arrived: float) -> Generation
     Raises: what `Adapters.acquire` and `Engine.submit` raise; PromptTooLong, InvalidValue.
     """
     with ExitStack() as undo:
-        leases = await _leases(service, order, undo)
+        choice = await _choice(service, order)
+        leases = await _leases(service, order, choice, undo)
         requests = _requests(service, order, leases[0])
         streams: list[Stream] = []
         for request, lease in zip(requests, leases, strict=True):
@@ -126,7 +127,7 @@ async def start(service: Service, order: Order, *, arrived: float) -> Generation
             undo.callback(stream.cancel)
             streams.append(stream)
         undo.pop_all()
-    mixture = leases[0].mixture
+    mixture = dataclasses.replace(leases[0].mixture, choice=choice)
     meter = service.metrics.meter(mixture, arrived=arrived)
     choices = [
         Choice(stream, _transcript(service, order, index // order.n), _ticker(meter, index))
@@ -135,13 +136,20 @@ async def start(service: Service, order: Order, *, arrived: float) -> Generation
     return Generation(mixture, order.prompts, choices, meter)
 
 
-async def _leases(service: Service, order: Order, undo: ExitStack) -> list[Lease]:
+async def _choice(service: Service, order: Order) -> PromptChoice | None:
+    """What semantic routing makes of the prompt, where it was asked for."""
+    if order.routing is None or order.routing.mode != "semantic":
+        return None
+    if len(order.prompts) > 1:
+        raise InvalidValue("routing.mode semantic takes one prompt, not a list of them", param="prompt")
+    return await choose_by_prompt(service, order.routing, order.prompts[0])
+
+
+async def _leases(service: Service, order: Order, choice: PromptChoice | None, undo: ExitStack) -> list[Lease]:
     """One lease for each choice. A name may move between two of them, so the later ones ask for the first's digests."""
     terms, routing = order.terms, order.routing
-    if routing is not None and routing.mode == "semantic":
-        if len(order.prompts) > 1:
-            raise InvalidValue("routing.mode semantic takes one prompt, not a list of them", param="prompt")
-        terms, routing = await choose_by_prompt(service, routing, order.prompts[0]), None
+    if choice is not None:
+        terms, routing = terms_of(choice), None
     first = await service.adapters.acquire(terms, routing)
     undo.callback(first.release)
     leases = [first]

@@ -1,9 +1,13 @@
-"""GET /v1/models: the base and every name of the hub that can be asked for, in OpenAI's shape with vLLM's additions."""
+"""GET /v1/models: the base, `auto` and every name of the hub that can be asked for.
+
+In OpenAI's shape, with vLLM's additions. `auto` stands there while there is an adapter that it could choose.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from server.api.choose import ROUTED
 from server.api.service import Service
 from server.contract import Servable
 from server.errors import ModelNotFound
@@ -12,13 +16,17 @@ from server.records import UNKNOWN_MODEL
 
 async def list_models(service: Service) -> dict[str, Any]:
     adapters = await service.adapters.servable()
-    return {"object": "list", "data": [_base(service), *(_adapter(service, servable) for servable in adapters)]}
+    routed = [_routed(service)] if await service.adapters.routable() else []
+    lines = [_base(service), *routed, *(_adapter(service, servable) for servable in adapters)]
+    return {"object": "list", "data": lines}
 
 
 async def find_model(service: Service, model: str) -> dict[str, Any]:
     """Raises: ModelNotFound."""
     if model in service.base_names:
         return _base(service) | {"id": model}
+    if model == ROUTED and ROUTED not in service.adapters.given_names() and await service.adapters.routable():
+        return _routed(service)
     servable = await service.adapters.known(model)
     if servable is None and model.startswith(service.base_id + ":"):
         servable = await service.adapters.known(model.removeprefix(service.base_id + ":"))
@@ -37,6 +45,11 @@ def _base(service: Service) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.engine.max_model_len,
     }
+
+
+def _routed(service: Service) -> dict[str, Any]:
+    """Only while there is something to choose from."""
+    return _base(service) | {"id": ROUTED, "parent": service.base_id}
 
 
 def _adapter(service: Service, servable: Servable) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class EncodedPrompt:
         return self.text if self.text is not None else decode(tokenizer.vocabulary, self.ids)
 
 
-def read_prompts(prompt: object) -> list[str | list[int]]:
+def read_prompts(prompt: object, *, param: str = "prompt", limit: int = MAX_PROMPTS) -> list[str | list[int]]:
     """A string, a list of strings, a list of token ids, or a list of those, as one list of prompts.
 
     Raises: InvalidValue.
@@ -28,24 +28,29 @@ def read_prompts(prompt: object) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not isinstance(prompt, list) or not prompt:
-        raise InvalidValue("prompt must be a string, a list of strings, token ids, or a list of those", param="prompt")
+        raise InvalidValue(f"{param} must be a string, a list of strings, token ids, or a list of those", param=param)
     if _is_ids(prompt):
         return [prompt]
-    if len(prompt) > MAX_PROMPTS:
-        raise InvalidValue(f"prompt is a list of {len(prompt)}, above the maximum of {MAX_PROMPTS}", param="prompt")
+    if len(prompt) > limit:
+        raise InvalidValue(f"{param} is a list of {len(prompt)}, above the maximum of {limit}", param=param)
     for index, item in enumerate(prompt):
         if not isinstance(item, str) and not (isinstance(item, list) and _is_ids(item)):
-            raise InvalidValue(f"prompt[{index}] must be a string or a list of token ids", param=f"prompt[{index}]")
+            raise InvalidValue(f"{param}[{index}] must be a string or a list of token ids", param=f"{param}[{index}]")
     return prompt
 
 
 def encode_prompt(
-    prompt: str | list[int], tokenizer: Tokenizer, *, max_model_len: int, add_special_tokens: bool
+    prompt: str | list[int],
+    tokenizer: Tokenizer,
+    *,
+    max_model_len: int,
+    add_special_tokens: bool,
+    param: str = "prompt",
 ) -> EncodedPrompt:
     """Raises: InvalidValue, PromptTooLong."""
     if isinstance(prompt, list):
-        return EncodedPrompt(read_token_ids(prompt, vocabulary_size=len(tokenizer.vocabulary), param="prompt"))
-    refuse_hopeless(len(prompt.encode()), tokenizer, max_model_len=max_model_len, param="prompt")
+        return EncodedPrompt(read_token_ids(prompt, vocabulary_size=len(tokenizer.vocabulary), param=param))
+    refuse_hopeless(len(prompt.encode()), tokenizer, max_model_len=max_model_len, param=param)
     return EncodedPrompt(tokenizer.encode(prompt, add_special_tokens=add_special_tokens), prompt)
 
 

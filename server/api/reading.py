@@ -82,7 +82,7 @@ def _order(
     terms = read_choice(service, body)
     return Order(
         terms=terms,
-        routing=read_routing(body, terms),
+        routing=read_routing(body, terms, base_names=service.base_names, whole_names=service.adapters.given_names()),
         prompts=prompts,
         sampling=read_sampling(body, seed=_seed(body), vocabulary_size=size),
         n=_choices(service, body, prompts=len(prompts)),

@@ -14,6 +14,7 @@ MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
 MAX_PROMPTS = 256
+MAX_INPUTS = 2048  # of one request for embeddings, as in OpenAI's specification
 MAX_SEQUENCES = 256  # prompts times n of one request
 MAX_LOGPROBS = 20
 MAX_MODEL_CHARACTERS = 4096
@@ -172,6 +173,16 @@ class CompletionBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
+
+
+class EmbeddingsBody(Body):
+    """OpenAI's. `dimensions` is there to be refused: what this base makes was not trained to be cut."""
+
+    model: ModelName | None = None
+    input: Prompt
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
     add_special_tokens: bool | None = None
 
 

@@ -6,15 +6,23 @@
 
 from __future__ import annotations
 
-from server.api.choose import Terms
-from server.api.requests import GenerationBody
+from collections.abc import Collection
+
+from server.api.choose import Terms, routes_itself
+from server.api.requests import GenerationBody, RoutingItem
 from server.errors import InvalidValue
 from server.records import RoutingOrder
 
 
-def read_routing(body: GenerationBody, terms: Terms) -> RoutingOrder | None:
+def read_routing(
+    body: GenerationBody, terms: Terms, *, base_names: Collection[str], whole_names: Collection[str] = ()
+) -> RoutingOrder | None:
     """`terms` is what the other fields choose. Raises: InvalidValue, naming the field."""
     item = body.routing
+    if routes_itself(body, base_names=base_names, whole_names=whole_names):
+        item = item or RoutingItem(mode="semantic")
+        if item.mode != "semantic":
+            raise InvalidValue(f"model auto is routing.mode semantic, not {item.mode}: send one", param="routing.mode")
     if item is None:
         return None
     order = RoutingOrder(item.mode, tuple(item.candidates or ()), item.top_k, item.temperature)

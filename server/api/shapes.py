@@ -2,7 +2,7 @@
 
 What does not change from chunk to chunk is written once: a token costs one small string.
 Source: OpenAI's specification 2.3.0. Beyond it, as in vLLM: `stop_reason`, and token ids when asked for.
-Ours: `adapters`, and `routing` when asked for.
+Ours: `adapters`, and `routing` where the prompt chose them or when asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from server.api.generation import Usage
 from server.api.logprobs import CompletionLogprobs, chat_logprobs
 from server.api.transcript import Piece
-from server.records import AdapterTerm, Mixture, RouteRow
+from server.records import AdapterTerm, Mixture, PromptChoice, RouteRow
 from server.text.vocabulary import Vocabulary
 
 
@@ -58,6 +58,25 @@ def _term_body(term: AdapterTerm, weight: float | None) -> dict[str, Any]:
     return {"ref": term.ref, "version": term.version, "digest": term.digest, "weight": weight}
 
 
+def served_body(mixture: Mixture) -> dict[str, Any]:
+    """What served it, and who chose that."""
+    body: dict[str, Any] = {"adapters": adapters_body(mixture)}
+    if mixture.choice is not None:
+        body["routing"] = choice_body(mixture.choice)
+    return body
+
+
+def choice_body(choice: PromptChoice) -> dict[str, Any]:
+    return {
+        "mode": "semantic",
+        "chosen": choice.chosen,
+        "score": choice.score,
+        "threshold": choice.threshold,
+        "candidates": [{"ref": ref, "score": score} for ref, score in choice.nearest],
+        "reason": choice.reason,
+    }
+
+
 def usage_body(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -78,7 +97,7 @@ class ChatShape:
         choice = f'{{"index":{index},"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}'
         extra: dict[str, Any] = {}
         if mixture is not None:
-            extra["adapters"] = adapters_body(mixture)
+            extra |= served_body(mixture)
             if self._wanted.token_ids:
                 extra["prompt_token_ids"] = self._prompt_ids
         return self._frame.chunk(choice, extra)
@@ -97,7 +116,7 @@ class ChatShape:
             f"{self._rest(piece)}{self._routing(piece, mixture)}}}"
             for index, piece in enumerate(choices)
         ]
-        extra: dict[str, Any] = {"usage": usage_body(usage), "adapters": adapters_body(mixture)}
+        extra: dict[str, Any] = {"usage": usage_body(usage), **served_body(mixture)}
         if self._wanted.token_ids:
             extra["prompt_token_ids"] = self._prompt_ids
         return self._frame.answer("chat.completion", texts, extra)
@@ -125,7 +144,7 @@ class CompletionShape:
         if mixture is None and not self._wanted.token_ids:
             return None
         choice = f'{{"index":{index},"text":"","logprobs":null,"finish_reason":null{self._prompt_ids(index)}}}'
-        return self._frame.chunk(choice, {} if mixture is None else {"adapters": adapters_body(mixture)})
+        return self._frame.chunk(choice, {} if mixture is None else served_body(mixture))
 
     def event(self, index: int, piece: Piece, usage: Usage | None, mixture: Mixture) -> str:
         choice = self._choice(index, piece, self._routing(piece, mixture))
@@ -139,7 +158,7 @@ class CompletionShape:
             self._choice(index, piece, self._prompt_ids(index) + self._routing(piece, mixture))
             for index, piece in enumerate(choices)
         ]
-        extra = {"usage": usage_body(usage), "adapters": adapters_body(mixture)}
+        extra = {"usage": usage_body(usage), **served_body(mixture)}
         return self._frame.answer("text_completion", texts, extra)
 
     def _choice(self, index: int, piece: Piece, more: str = "") -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class Live:
     loop: asyncio.AbstractEventLoop
     sequence: ScheduledSequence
     scores: list[TokenScore] = field(default_factory=list)
+    summed_E: Tensor | None = None  # hidden states of the prompt so far, where its embedding is wanted
     routes: list[RouteRow] = field(default_factory=list)  # not yet told
     routed_positions: int = 0
 
@@ -172,6 +174,7 @@ class EngineLoop:
             virtual=lease.virtual_tokens,
             stop_ids=request.stop_token_ids | (frozenset() if request.ignore_eos else self._network.facts.end_ids),
             reuse=self._config.prefix_cache and _reads_cache(request),
+            share=self._config.prefix_cache and _fills_cache(request),
         )
         stream = EventStream(lambda: self._inbox.put(lambda: self._drop(sequence.id)))
         live = Live(request, lease, stream, asyncio.get_running_loop(), sequence)
@@ -209,6 +212,8 @@ class EngineLoop:
             raise QueueFull(f"{self._open} requests are open, the limit is {limit}", retry_after_s=1.0)
         if request.return_routing and lease.route is None:
             raise InvalidValue("return_routing: this request is not routed token by token", param="return_routing")
+        if request.embed and not self._network.facts.decoder_layers:
+            raise InvalidValue("the layers of this base could not be told apart, so it embeds nothing", param="model")
         if request.return_routing and not self._network.facts.decoder_layers:
             raise InvalidValue(
                 "return_routing: the layers of this base could not be told apart", param="return_routing"
@@ -280,7 +285,11 @@ class EngineLoop:
             routes={id_: one.lease.route for id_, one in live.items() if one.lease.route is not None},
             traced=frozenset(id_ for id_, one in live.items() if one.request.return_routing),
         )
-        logits_RV = self._network.forward(packed.batch)
+        if any(one.request.embed for one in live.values()):
+            logits_RV, states_TE = self._network.forward_with_states(packed.batch)
+            self._sum_states(packed, states_TE)
+        else:
+            logits_RV = self._network.forward(packed.batch)
         self._note_routes(packed)
         drawn = self._draw(packed, logits_RV)
         for outcome in self._scheduler.commit(step, drawn):
@@ -322,8 +331,8 @@ class EngineLoop:
                 continue
             row = first + count - 1
             if live.request.max_tokens == 0:
-                logits = tuple(logits_RV[row].tolist()) if live.request.keep_logits else None
-                self._end(chunk.sequence.id, _finished(live, "length", None, logits))
+                self._scheduler.settle(chunk)
+                self._end(chunk.sequence.id, _scored(live, logits_RV[row]))
                 continue
             rows.append(row)
             ids.append(chunk.sequence.id)
@@ -334,6 +343,16 @@ class EngineLoop:
         tokens = draw_tokens(picked_RV, draws)
         self._score_drawn(picked_RV, ids, tokens)
         return dict(zip(ids, tokens, strict=True))
+
+    def _sum_states(self, packed: Packed, states_TE: Tensor) -> None:
+        """Add up what the prompts that are to be embedded have in this step; a preempted one begins again."""
+        first = 0
+        for chunk, _, _ in packed.rows:
+            live = self._live[chunk.sequence.id]
+            if live.request.embed:
+                sum_E = states_TE[first : first + chunk.count].sum(0, dtype=torch.float64)
+                live.summed_E = sum_E if chunk.start == 0 or live.summed_E is None else live.summed_E + sum_E
+            first += chunk.count
 
     def _score_drawn(self, logits_RV: Tensor, ids: Sequence[int], tokens: Sequence[int]) -> None:
         wanting = [row for row, id_ in enumerate(ids) if self._live[id_].request.logprobs is not None]
@@ -367,7 +386,7 @@ class EngineLoop:
             self._outbox.append((live, Sampled(outcome.token, scored, live.sequence.cached, live.take_routes())))
         if outcome.finish is not None:
             stop = outcome.token if outcome.stopped else None
-            self._end(outcome.sequence.id, _finished(live, outcome.finish, stop, None))
+            self._end(outcome.sequence.id, _finished(live, outcome.finish, stop))
 
     def _accept(self, live: Live) -> None:
         self._live[live.sequence.id] = live
@@ -423,6 +442,11 @@ class EngineLoop:
 
 def _reads_cache(request: GenerationRequest) -> bool:
     """Whether positions may be taken from the prefix cache: not where something is wanted of every one of them."""
+    return _fills_cache(request) and not request.embed
+
+
+def _fills_cache(request: GenerationRequest) -> bool:
+    """Whether others may take its positions: a probe's mixture has no name that could tell them apart."""
     return request.prompt_logprobs is None and not request.keep_logits and not request.return_routing
 
 
@@ -457,14 +481,26 @@ def _block_count(network: Network, config: EngineConfig, max_model_len: int) -> 
     return blocks
 
 
-def _finished(live: Live, reason: str, stop: int | None, logits: tuple[float, ...] | None) -> Finished:
+def _scored(live: Live, logits_V: Tensor) -> Finished | Failed:
+    """The end of a request that wants no token."""
+    request = live.request
+    logits = tuple(logits_V.tolist()) if request.keep_logits else None
+    embedding = None
+    if request.embed:
+        assert live.summed_E is not None, "every chunk of it has been added up"
+        embedding = tuple((live.summed_E / len(request.prompt_ids)).tolist())
+        if not all(map(math.isfinite, embedding)):
+            return Failed(_overflow(live))
+    return replace(_finished(live, "length", None), logits=logits, embedding=embedding)
+
+
+def _finished(live: Live, reason: str, stop: int | None) -> Finished:
     return Finished(
         reason="stop" if reason == "stop" else "length",
         prompt_tokens=live.sequence.prompt_len,
         completion_tokens=live.sequence.generated,
         cached_tokens=live.sequence.cached,
         stop_token_id=stop,
-        logits=logits,
         routes=live.take_routes(),
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,24 @@ class Network:
             graft_plan=batch.plan,
         )
         return out.logits[0].float()
+
+    def forward_with_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The logits of `forward`, and the hidden states (T, E) that enter the middle layer, in fp32.
+
+        Only where the base's layers could be told apart.
+        """
+        layers = self.facts.decoder_layers
+        seen: list[Tensor] = []
+
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        watching = self._stock.get_submodule(layers[len(layers) // 2]).register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            logits_RV = self.forward(batch)
+        finally:
+            watching.remove()
+        return logits_RV, seen[0][0].float()
 
     @torch.inference_mode()
     def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int, after: Prefix | None = None) -> Prefix:

@@ -32,7 +32,8 @@ class Sequence:
     course: Course = BARE  # which terms of its mixture work where
     virtual: int = 0
     stop_ids: frozenset[int] = frozenset()
-    reuse: bool = True  # may take cached blocks (not when every position's logits are wanted)
+    reuse: bool = True  # may take cached blocks (not when something is wanted of every position)
+    share: bool = True  # lets others take its blocks
     computed: int = 0
     cached: int = 0  # prompt tokens that came out of the prefix cache when it was first admitted
     blocks: list[int] = field(default_factory=list)
@@ -138,11 +139,15 @@ class Scheduler:
             sequence = chunk.sequence
             if sequence not in self.running:  # it ended in this step without a token
                 continue
-            sequence.computed = chunk.start + chunk.count
-            self._publish(sequence)
+            self.settle(chunk)
             if sequence.id in drawn:
                 outcomes.append(self._append(sequence, drawn[sequence.id]))
         return outcomes
+
+    def settle(self, chunk: Chunk) -> None:
+        """A chunk has been computed: its full blocks can be found from now on."""
+        chunk.sequence.computed = chunk.start + chunk.count
+        self._publish(chunk.sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Give back everything that the sequence holds; it may be running, waiting or already gone."""
@@ -196,7 +201,7 @@ class Scheduler:
         while (sequence.published + 1) * self.block_size <= sequence.computed:
             start = sequence.published * self.block_size
             sequence.last_key = sequence.key(sequence.last_key, start, start + self.block_size)
-            if sequence.reuse:
+            if sequence.share:
                 self.pool.publish(sequence.blocks[sequence.published], sequence.last_key)
             sequence.published += 1
 

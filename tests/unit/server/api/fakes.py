@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.contract import AdapterStatus, EngineSnapshot, HubStatus, Lease, Servable
+from server.contract import AdapterStatus, Embed, EngineSnapshot, HubStatus, Lease, Servable
 from server.errors import (
     AdapterIncompatible,
     AdapterUnavailable,
@@ -30,6 +30,7 @@ from server.records import (
     Finished,
     GenerationRequest,
     Mixture,
+    PromptChoice,
     PromptScored,
     Routing,
     RoutingOrder,
@@ -103,6 +104,10 @@ class FakeStream:
             if engine.failure is not None and count == engine.fail_after:
                 self._events.put_nowait(Failed(engine.failure))
                 return
+            if request.embed:
+                finished = Finished("length", len(request.prompt_ids), 0, 0, embedding=engine.embedding)
+                self._events.put_nowait(finished)
+                return
             if count == request.max_tokens:
                 self._events.put_nowait(Finished("length", len(request.prompt_ids), count, cached))
                 return
@@ -126,6 +131,7 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.alive = True
         self.reply: str | tuple[int, ...] = "Graft the apple onto the quince."
+        self.embedding: tuple[float, ...] = (0.5,)
         self.step_s = 0.0
         self.failure: ServerError | None = None
         self.fail_after = 0
@@ -177,6 +183,7 @@ class FakeAdapters:
     versions: dict[str, int] = field(default_factory=lambda: {"pirate": 2, "team/legal": 3, "soft": 1})
     virtual_tokens: int = 8
     load_s: float = 0.0
+    routed: tuple[str, ...] = ()  # names with centroids
     moving: str | None = None  # a name that gets a new version after every acquire
     held: int = 0
     resident_digests: dict[str, AdapterStatus] = field(default_factory=dict)
@@ -200,6 +207,20 @@ class FakeAdapters:
 
     def hub(self) -> HubStatus:
         return self.status
+
+    async def nearest(self, candidates: Sequence[str], embed: Embed) -> PromptChoice:
+        """The first candidate where the prompt's embedding is above 0, the base elsewhere."""
+        refs = candidates or self.routed
+        for reference in refs:
+            self._resolve(reference)
+        if not refs:
+            return PromptChoice(None, None, None, (), "no adapter here has centroids: the base answers")
+        (score,) = await embed()
+        chosen = refs[0] if score > 0 else None
+        return PromptChoice(chosen, score, 0.0, ((refs[0], score),), "the fake says so")
+
+    async def routable(self) -> bool:
+        return bool(self.routed)
 
     async def known(self, reference: str) -> Servable | None:
         try:

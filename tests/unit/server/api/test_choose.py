@@ -106,8 +106,10 @@ def test_as_many_weights_as_adapters() -> None:
         pick(merged_adapters={"ids": ["a", "b"], "weights": [1.0]})
 
 
-def test_routing_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedParameter, match="routing") as caught:
-        pick(model="auto")
+def test_auto_leaves_the_choice_to_the_prompt_unless_somebody_is_called_so() -> None:
+    assert pick(model="auto") == ()
+    assert pick(model="auto", whole=("auto",)) == (("auto", 1.0),)
+    with pytest.raises(InvalidValue, match="only the field model") as caught:
+        pick(adapter_id="auto")
     assert isinstance(caught.value, ServerError)
-    assert caught.value.param == "model"
+    assert caught.value.param == "adapter_id"
