@@ -39,7 +39,7 @@ def asked(prompt: list[int], answer: list[int]) -> Encoded:
     return Encoded((*prompt, *answer), (*[IGNORED] * len(prompt), *answer))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lora-moe"}))  # a router asks a hub for its experts
 def test_a_row_counts_as_answered_exactly_when_greedy_generation_gives_it(method: str, tiny_base: Path) -> None:
     model = untrained(method, str(tiny_base))
     prompts = [[5 + (7 * i + j) % 250 for j in range(1 + 3 * i)] for i in range(6)]

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from hub.methods import METHODS as SERVED
+from hub.registry import LocalHub
 from hub.validate import validate
 from trainer.base import open_base
 from trainer.data import load_dataset
@@ -46,7 +47,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "miss": {"rank": 2, "dropout": 0.3},
     "delora": {"rank": 2},
     "beft": {},
+    "lora-moe": {"experts": ["first", "second"], "imitation_steps": 5},
 }
+EXPERTS = ("first", "second")
 # What PEFT trains as it trains LoRA needs no resumed run of its own.
 LIKE_LORA = ("vera", "loha", "hra", "miss", "delora", "beft")
 
@@ -54,6 +57,21 @@ LIKE_LORA = ("vera", "loha", "hra", "miss", "delora", "beft")
 def recipe(method: str, base: Path, data: Path | str, **fields: Any) -> Recipe:
     least = {"method": method, "base": str(base), "data": str(data), "options": OPTIONS[method], "batch_size": 8}
     return parse_recipe({**least, "steps": STEPS, **fields}, "test")
+
+
+@pytest.fixture(autouse=True)
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
+    """Where a router finds its experts."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("MULTIGRAFT_HOME", str(home))
+    return LocalHub(home)
+
+
+@pytest.fixture
+def experts(request: pytest.FixtureRequest, hub: LocalHub, tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(EXPERTS if request.node.callspec.params["method"] == "lora-moe" else ()):
+        train(recipe("lora", tiny_base, chats, steps=2, seed=seed), tmp_path / name)
+        hub.push(tmp_path / name, name, base=tiny_base)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -75,6 +93,7 @@ class StopAt:
             self.event.set()
 
 
+@pytest.mark.usefixtures("experts")
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in LIKE_LORA])
 def test_a_run_that_was_stopped_and_resumed_makes_the_same_bytes(
     method: str, tiny_base: Path, chats: Path, tmp_path: Path
@@ -160,6 +179,7 @@ def test_a_folder_that_is_there_is_replaced_only_when_asked(tiny_base: Path, cha
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
 
 
+@pytest.mark.usefixtures("experts")
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_exported_is_what_peft_loads_and_the_golden_rows_say(
     method: str, tiny_base: Path, chats: Path, tmp_path: Path
@@ -167,7 +187,7 @@ def test_what_is_exported_is_what_peft_loads_and_the_golden_rows_say(
     out = tmp_path / "out"
     result = train(recipe(method, tiny_base, chats, steps=4 if method in LIKE_LORA else STEPS), out)
     assert sorted(contents(out)) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "centroids.json", "centroids.safetensors",
         "golden.json", "golden.safetensors", "metrics.json", "recipe.json",
     ]  # fmt: skip
     if json.loads((out / "adapter_config.json").read_text())["peft_type"] in SERVED:
@@ -193,7 +213,9 @@ def test_what_is_exported_is_what_peft_loads_and_the_golden_rows_say(
 @pytest.mark.parametrize(
     ("method", "sizes"),
     [
-        *((method, {"model_type": "llama"}) for method in METHODS),
+        *(
+            (method, {"model_type": "llama"}) for method in METHODS if method != "lora-moe"
+        ),  # whose first steps imitate,
         ("prompt", {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}),  # caps its logits
         ("lora", {"model_type": "phi", "num_key_value_heads": 4}),  # its head has a bias
         ("lora", GPT2),  # its linear modules are Conv1D
