@@ -213,9 +213,7 @@ def test_what_is_exported_is_what_peft_loads_and_the_golden_rows_say(
 @pytest.mark.parametrize(
     ("method", "sizes"),
     [
-        *(
-            (method, {"model_type": "llama"}) for method in METHODS if method != "lora-moe"
-        ),  # whose first steps imitate,
+        *((method, {"model_type": "llama"}) for method in METHODS if method != "lora-moe"),  # a router imitates first
         ("prompt", {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}),  # caps its logits
         ("lora", {"model_type": "phi", "num_key_value_heads": 4}),  # its head has a bias
         ("lora", GPT2),  # its linear modules are Conv1D
