@@ -25,7 +25,7 @@ from hub.families.lokr import LOKR
 from hub.families.lora import LORA
 from hub.families.lora_moe import LORA_MOE
 from hub.families.loreft import LOREFT
-from hub.families.method import Complaint, Config, Layout, Method
+from hub.families.method import TENSOR_PREFIX, Complaint, Config, Layout, Method
 from hub.families.miss import MISS
 from hub.families.oft import OFT
 from hub.families.prompts import P_TUNING, PREFIX, PROMPT
@@ -100,7 +100,12 @@ def shapes_are_told(method: Method, config: Config) -> bool:
 
 def layout_of(method: Method, config: Config, base: Base, modules: Modules) -> Layout:
     """The tensors that a config demands on a base, for which `shapes_are_told`."""
-    return with_whole(config, base, modules, layout=method.layout(config, base, modules))
+    layout = method.layout(config, base, modules)
+    if layout.shapes and not any(name.startswith(TENSOR_PREFIX) for name in layout.shapes):
+        return (
+            layout  # virtual tokens, and formats of our own that are named by layers: nothing else stands beside them
+        )
+    return with_whole(config, base, modules, layout=layout)
 
 
 def canonical_config(config: Config) -> dict[str, Any]:

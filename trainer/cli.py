@@ -341,7 +341,10 @@ def methods_json() -> str:
 
 
 def options_of(method: Method) -> list[tuple[str, Any, str]]:
-    return [(name, field.default, field.description or "") for name, field in method.options.model_fields.items()]
+    return [
+        (name, None if field.is_required() else field.default, field.description or "")
+        for name, field in method.options.model_fields.items()
+    ]
 
 
 def result_text(result: "TrainResult", destination: Destination, version: str | None) -> str:

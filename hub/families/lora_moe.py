@@ -14,7 +14,7 @@ from hub import fields
 from hub.base import Base, Modules
 from hub.digest import DIGEST
 from hub.errors import BadReference
-from hub.families.method import COMMON, INERT, Complaint, Config, Field, Layout, Method
+from hub.families.method import COMMON, INERT, NOTHING_SAVED, Complaint, Config, Field, Layout, Method
 from hub.fields import shown
 from hub.ref import parse_reference
 
@@ -41,6 +41,7 @@ def _experts(value: Any) -> str | None:
 
 FIELDS: Mapping[str, Field] = {
     **COMMON,
+    "modules_to_save": NOTHING_SAVED,
     "experts": Field(_experts, shapes_tensors=True),
     "top_k": Field(fields.positive),
     "router_aux_loss_coef": INERT,  # of its training

@@ -12,7 +12,7 @@ from typing import Any
 from hub import fields
 from hub.base import Base, Linear, Modules
 from hub.families.linears import leaves
-from hub.families.method import COMMON, TENSOR_PREFIX, Complaint, Config, Field, Layout, Method
+from hub.families.method import COMMON, NOTHING_SAVED, TENSOR_PREFIX, Complaint, Config, Field, Layout, Method
 from hub.fields import MAX_NAMES, shown
 from hub.ref import printable
 
@@ -33,6 +33,7 @@ def _density(value: Any) -> str | None:
 
 FIELDS: Mapping[str, Field] = {
     **COMMON,
+    "modules_to_save": NOTHING_SAVED,
     "entries": Field(_entries, shapes_tensors=True),
     # Inert: what was changed is in the file.
     "density": Field(_density),

@@ -139,11 +139,11 @@ CASES: Mapping[str, Case] = {
         lambda i, o: {"shira_weight": (RANK * (i + o),), "shira_indices": (2, RANK * (i + o))},
         rank=None,
     ),
-    "lokr": case(  # 32 is 4 * 8 and 48 is 6 * 8; the second factor is decomposed, for 3 is below the half of 8
+    "lokr": case(  # 32 is 4 * 8, 48 is 6 * 8, 64 is 8 * 8; the second factor is decomposed, for 3 is below the half of 8
         "LOKR",
         {"r": RANK, "alpha": 6},
         lambda i, o: {
-            "lokr_w1": (4 if o == 32 else 6, 4 if i == 32 else 6),
+            "lokr_w1": (o // 8, i // 8),
             "lokr_w2_a": (8, RANK),
             "lokr_w2_b": (RANK, 8),
         },

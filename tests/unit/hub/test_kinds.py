@@ -91,7 +91,10 @@ def test_a_key_that_is_unknown_is_refused(name: str, tmp_path: Path, base: Path)
 @pytest.mark.parametrize("name", [name for name in CASES if "miss-mini" not in name and "adalora-cut" not in name])
 def test_the_output_head_takes_an_adapter_of_every_kind(name: str, tmp_path: Path, base: Path) -> None:
     one = replace(CASES[name], shared={n: (64, RANK) if n.endswith("B") else s for n, s in CASES[name].shared.items()})
-    head = {f"{ROOT}lm_head.{part}": np.ones(shape, np.float32) for part, shape in one.shapes(32, 64).items()}
+    head = {
+        f"{ROOT}lm_head.{part}": np.ones(shape, np.int32 if part.endswith("indices") else np.float32)
+        for part, shape in one.shapes(32, 64).items()
+    }
     config, whole = config_of(one, base, target_modules=[*TARGETS, "lm_head"]), {**tensors_of(one), **head}
     assert "lm_head" in validate(write_adapter(tmp_path / "a", config, whole)).targets
     copy = {f"{ROOT}lm_head.base_layer.weight": np.ones((64, 32), np.float32)}  # PEFT writes it, or not

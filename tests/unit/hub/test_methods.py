@@ -126,7 +126,7 @@ def test_the_order_of_set_like_lists_is_not_part_of_the_canonical_config() -> No
     assert one == other
 
 
-OURS = {"BITFIT", "BOTTLENECK", "LOREFT", "SPARSE"}  # PEFT has none of them
+OURS = {"BITFIT", "BOTTLENECK", "LOREFT", "SPARSE", "LORA_MOE"}  # PEFT has none of them
 
 
 def test_the_table_knows_every_key_that_this_peft_writes_and_its_defaults_pass() -> None:
