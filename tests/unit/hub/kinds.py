@@ -139,7 +139,7 @@ CASES: Mapping[str, Case] = {
         lambda i, o: {"shira_weight": (RANK * (i + o),), "shira_indices": (2, RANK * (i + o))},
         rank=None,
     ),
-    "lokr": case(  # 32 is 4 * 8, 48 is 6 * 8, 64 is 8 * 8; the second factor is decomposed, for 3 is below the half of 8
+    "lokr": case(  # 32 is 4 * 8, 48 is 6 * 8, 64 is 8 * 8; the second factor is decomposed: 3 is below 8 / 2
         "LOKR",
         {"r": RANK, "alpha": 6},
         lambda i, o: {
