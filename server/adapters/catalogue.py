@@ -22,12 +22,13 @@ class Catalogue:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._names: Mapping[str, Resolution] = {}
-        self._fresh = False
+        self._changes = 0
+        self._known_at: int | None = None  # how many changes `_names` knows of
         self._centroids: dict[str, Centroids | None] = {}  # by digest
         self._asking = asyncio.Lock()
 
     def forget_names(self) -> None:
-        self._fresh = False
+        self._changes += 1
 
     async def names(self) -> Mapping[str, Resolution]:
         """Every name that this base can serve, and what its default alias means.
@@ -35,16 +36,16 @@ class Catalogue:
         Raises: Unavailable, where nothing was known before.
         """
         async with self._asking:
-            if not self._fresh:
-                self._fresh = True  # before the answer: what happens while it comes makes it old again
+            changes = self._changes  # before the answer: what happens while it comes makes it old again
+            if self._known_at != changes:
                 try:
                     listed = await asyncio.to_thread(self._source.listed)
-                except BaseException as error:
-                    self._fresh = False
-                    if not isinstance(error, Unavailable) or not self._names:
+                except Unavailable:
+                    if not self._names:
                         raise
                 else:
                     self._names = {line.resolution.name: line.resolution for line in listed}
+                    self._known_at = changes
             return self._names
 
     async def centroids(self, resolution: Resolution) -> Centroids | None:

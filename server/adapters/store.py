@@ -17,7 +17,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -583,30 +583,31 @@ class AdapterStore:
                 raise AdapterIncompatible(f"{resolution.label}: {error.message}", param="model") from None
         # A router's experts take load slots of their own, so it must not wait for them in one.
         experts = await self._hold_experts(resolution, lowered.experts)
-        try:
-            async with self._load_slots:
-                return await self._finish(resolution, artifact, lowered, experts)
-        except BaseException:
+        with ExitStack() as undo:
             for expert in experts:
-                self.release(expert)
-            raise
+                undo.callback(self.release, expert)
+            async with self._load_slots:
+                resident = await self._finish(resolution, artifact, lowered, experts)
+            undo.pop_all()
+            return resident
 
     async def _hold_experts(self, resolution: Resolution, references: Sequence[str]) -> tuple[Resident, ...]:
         """A router's experts, by the digests that it pins, leased for it."""
         held: list[Resident] = []
-        try:
+        with ExitStack() as undo:
             for text in references:
-                expert = await self._ensure(await asyncio.to_thread(self._source.resolve, text))
+                try:
+                    expert = await self._ensure(await asyncio.to_thread(self._source.resolve, text))
+                except (ModelNotFound, AdapterUnavailable) as error:
+                    raise AdapterUnavailable(
+                        f"{resolution.label} has no expert {text[:200]}: {error.message}"
+                    ) from error
+                undo.callback(self.release, expert)
                 held.append(expert)
                 reason = why_no_expert(expert.graft, self._target.decoder_layers)
                 if reason is not None:
                     raise AdapterIncompatible(f"{resolution.label} routes among experts: {reason}", param="model")
-        except BaseException as error:
-            for expert in held:
-                self.release(expert)
-            if isinstance(error, ModelNotFound | AdapterUnavailable):
-                raise AdapterUnavailable(f"{resolution.label} has no expert {text[:200]}: {error.message}") from error
-            raise
+            undo.pop_all()
         return tuple(held)
 
     async def _finish(
