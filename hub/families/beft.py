@@ -28,4 +28,4 @@ def _change(config: Config, found: Found) -> Change:
     return Change(bias_O=found.tensors["beft_bias"].flatten())
 
 
-BEFT = linear_method("beft", "BEFT", FIELDS, required=("target_modules",), part=_part, change=_change, conv1d=False)
+BEFT = linear_method("beft", "BEFT", FIELDS, required=("target_modules",), part=_part, change=_change)

@@ -98,6 +98,5 @@ BOFT = linear_method(
     required=("boft_block_size", "boft_block_num", "target_modules"),
     part=_part,
     change=_change,
-    conv1d=False,
     contradictions=_contradictions,
 )

@@ -49,12 +49,5 @@ def _change(config: Config, found: Found) -> Change:
 
 
 DELORA = linear_method(
-    "delora",
-    "DELORA",
-    FIELDS,
-    required=("r", "target_modules"),
-    part=_part,
-    change=_change,
-    conv1d=False,
-    ranks=pattern_ranks,
+    "delora", "DELORA", FIELDS, required=("r", "target_modules"), part=_part, change=_change, ranks=pattern_ranks
 )

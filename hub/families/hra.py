@@ -73,12 +73,5 @@ def _orthonormal(U_Ir: Tensor) -> Tensor:
 
 
 HRA = linear_method(
-    "hra",
-    "HRA",
-    FIELDS,
-    required=("r", "target_modules"),
-    part=_part,
-    change=_change,
-    conv1d=False,
-    ranks=pattern_ranks,
+    "hra", "HRA", FIELDS, required=("r", "target_modules"), part=_part, change=_change, ranks=pattern_ranks
 )

@@ -52,5 +52,6 @@ IA3 = linear_method(
     required=("target_modules", "feedforward_modules"),
     part=_part,
     change=_change,
+    conv1d=True,
     contradictions=_contradictions,
 )

@@ -55,11 +55,11 @@ def linear_method(
     required: tuple[str, ...],
     part: PartOf,
     change: ChangeOf,
-    conv1d: bool = True,
+    conv1d: bool = False,
     ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks,
     contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions,
 ) -> Method:
-    """A kind that is wholly what it does at each Linear."""
+    """A kind that is wholly what it does at each Linear; with `conv1d`, on Conv1D layers too."""
 
     def layout(config: Config, base: Base, modules: Modules) -> Layout:
         return linear_layout(config, base, modules, part=part, conv1d=conv1d)

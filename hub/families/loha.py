@@ -51,12 +51,5 @@ def _ranks(config: Config) -> Iterable[tuple[str, int]]:
 
 
 LOHA = linear_method(
-    "loha",
-    "LOHA",
-    FIELDS,
-    required=("r", "alpha", "target_modules"),
-    part=_part,
-    change=_change,
-    conv1d=False,
-    ranks=_ranks,
+    "loha", "LOHA", FIELDS, required=("r", "alpha", "target_modules"), part=_part, change=_change, ranks=_ranks
 )

@@ -78,6 +78,4 @@ def _factor(found: Found, name: str) -> Tensor:
     return found.tensors[f"{name}_a"] @ found.tensors[f"{name}_b"]
 
 
-LOKR = linear_method(
-    "lokr", "LOKR", FIELDS, required=("r", "alpha", "target_modules"), part=_part, change=_change, conv1d=False
-)
+LOKR = linear_method("lokr", "LOKR", FIELDS, required=("r", "alpha", "target_modules"), part=_part, change=_change)

@@ -57,12 +57,5 @@ def _change(config: Config, found: Found) -> Change:
 
 
 MISS = linear_method(
-    "miss",
-    "MISS",
-    FIELDS,
-    required=("r", "target_modules"),
-    part=_part,
-    change=_change,
-    conv1d=False,
-    ranks=pattern_ranks,
+    "miss", "MISS", FIELDS, required=("r", "target_modules"), part=_part, change=_change, ranks=pattern_ranks
 )

@@ -133,6 +133,5 @@ OFT = linear_method(
     required=("oft_block_size", "use_cayley_neumann", "target_modules"),
     part=_part,
     change=_change,
-    conv1d=False,
     contradictions=_contradictions,
 )

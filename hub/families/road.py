@@ -80,11 +80,5 @@ def _shares(learned: Tensor, variant: str, pairs: int) -> tuple[Tensor, Tensor]:
 
 
 ROAD = linear_method(
-    "road",
-    "ROAD",
-    FIELDS,
-    required=("variant", "group_size", "target_modules"),
-    part=_part,
-    change=_change,
-    conv1d=False,
+    "road", "ROAD", FIELDS, required=("variant", "group_size", "target_modules"), part=_part, change=_change
 )

@@ -43,6 +43,4 @@ def _change(config: Config, found: Found) -> Change:
     return Change(entries=Entries(rows_N, columns_N, found.tensors["shira_weight"]))
 
 
-SHIRA = linear_method(
-    "shira", "SHIRA", FIELDS, required=("r", "target_modules"), part=_part, change=_change, conv1d=False
-)
+SHIRA = linear_method("shira", "SHIRA", FIELDS, required=("r", "target_modules"), part=_part, change=_change)
