@@ -64,7 +64,7 @@ def linear_method(
     def layout(config: Config, base: Base, modules: Modules) -> Layout:
         return linear_layout(config, base, modules, part=part, conv1d=conv1d)
 
-    return Method(kind, peft_type, keys, required, layout, ranks, contradictions, at_linear=AtLinear(part, change))
+    return Method(kind, peft_type, keys, required, layout, AtLinear(part, change), ranks, contradictions)
 
 
 def linear_layout(

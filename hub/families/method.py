@@ -88,10 +88,12 @@ def no_parents(config: Config) -> Iterable[str]:
 class Method:
     """One kind of adapter.
 
+    `at_linear` is what it computes, where that is a change of each Linear by itself. What else a kind may be is lowered
+    in `server.adapters.lowering`.
+
     `ranks` are the ranks that a config asks for, by key, as they are served; `contradictions` are combinations of keys
     that PEFT itself refuses to load. Both must take a config that has other complaints. `parents` are the digests of
-    the adapters without which this one is nothing. `at_linear` is what it computes, where that is a change of each
-    Linear by itself; what else a kind may be is lowered in `server.adapters.lowering`.
+    the adapters without which this one is nothing.
     """
 
     kind: str
@@ -99,10 +101,10 @@ class Method:
     fields: Mapping[str, Field]
     required: tuple[str, ...]
     layout: Callable[[Config, Base, Modules], Layout]
+    at_linear: AtLinear | None = None
     ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks
     contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions
     parents: Callable[[Config], Iterable[str]] = no_parents
-    at_linear: AtLinear | None = None
 
 
 INERT = Field(fields.anything)
