@@ -12,7 +12,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from hub.kind import Kind
 from hub.ref import Reference
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class Version:
 
     version: int
     digest: str
-    kind: Kind
+    kind: str
     bytes: int
     base: str
     fingerprint: str
