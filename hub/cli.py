@@ -298,7 +298,7 @@ def rm(
     note: Note = "",
     as_json: AsJson = False,
 ) -> None:
-    """Remove a version; refused while an alias points there. Its number is never used again."""
+    """Remove a version; refused while an alias points there or a router needs it. Its number is never used again."""
     reference = parse_reference(ref)
     if reference.version is None and reference.digest is None:
         raise BadReference(f"{ref} names no version to remove; write {reference.name}@VERSION")

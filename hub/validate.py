@@ -47,6 +47,7 @@ from hub.methods import (
     shapes_are_told,
     virtual_tokens,
 )
+from hub.pins import pins_of
 from hub.ref import is_name, printable
 from hub.strict_json import BadJson, parse, readable
 from hub.targets import matching_complaint
@@ -439,6 +440,7 @@ def _manifest(
     files = tuple(sorted(entries, key=lambda entry: entry.path))
     recipe = findings.values.get(RECIPE_FILE)
     weights = scans[WEIGHTS_FILE]
+    pinned = [pin.digest for pin in pins_of(config)]
     return Manifest(
         digest=identity(canonical, files),
         kind=method.kind,
@@ -450,7 +452,7 @@ def _manifest(
         targets=layout.targets,
         parameters=sum(entry.elements for entry in weights.entries.values()),
         bytes=weights.size,
-        parents=tuple(dict.fromkeys([*((recipe or {}).get("parents") or ()), *method.parents(config)])),
+        parents=tuple(dict.fromkeys([*((recipe or {}).get("parents") or ()), *pinned])),
         recipe=recipe,
         data_digest=((recipe or {}).get("data") or {}).get("digest"),
         metrics=findings.values.get(METRICS_FILE),

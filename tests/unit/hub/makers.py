@@ -164,6 +164,13 @@ def write_ia3(folder: Path, base: Path, **changes: Any) -> Path:
     return write_adapter(folder, config, tensors)
 
 
+def write_router(folder: Path, base: Path, pins: Sequence[str], *, top_k: int = 2, seed: int = 0) -> Path:
+    """A good router, if its experts are in the hub that it is pushed to."""
+    config = {"peft_type": "LORA_MOE", "base_model_name_or_path": str(base), "experts": list(pins), "top_k": top_k}
+    weight = np.random.default_rng(seed).normal(size=(LAYERS, len(pins), HIDDEN)).astype(np.float32)
+    return write_adapter(folder, config, {"router.weight": weight})
+
+
 def write_golden(folder: Path, *, rows: int = 2, length: int = 5) -> Path:
     """Golden rows beside an adapter."""
     tensors: dict[str, Array] = {}
