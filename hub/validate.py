@@ -22,6 +22,7 @@ from hub.centroids import centroids_problems
 from hub.digest import DIGEST, sha256_of
 from hub.errors import BaseNotFound, BaseUnusable, NotFound, Problem, Refused
 from hub.families.method import Layout, Method
+from hub.fidelity import served_exactly
 from hub.manifest import (
     CENTROID_TENSORS_FILE,
     CENTROIDS_FILE,
@@ -452,6 +453,7 @@ def _manifest(
         targets=layout.targets,
         parameters=sum(entry.elements for entry in weights.entries.values()),
         bytes=weights.size,
+        exact=served_exactly(method.kind),
         parents=tuple(dict.fromkeys([*((recipe or {}).get("parents") or ()), *pinned])),
         recipe=recipe,
         data_digest=((recipe or {}).get("data") or {}).get("digest"),
