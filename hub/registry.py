@@ -14,6 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -266,13 +267,13 @@ class LocalHub:
     def _store(self, folder: Path, manifest: Manifest, *, name: str, moved: Sequence[str], by: By) -> Pushed:
         lease = uuid.uuid4().hex
         self._catalogue.lease(lease, {entry.sha256 for entry in manifest.files}, lease_s=self._lease_s)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._catalogue.release, lease)
             for entry in manifest.files:
                 self._put(folder, manifest, entry=entry)
-            return self._commit(lease, manifest, name=name, moved=moved, by=by)
-        except BaseException:
-            self._catalogue.release(lease)
-            raise
+            pushed = self._commit(lease, manifest, name=name, moved=moved, by=by)
+            undo.pop_all()  # the commit has ended the lease
+            return pushed
 
     def _put(self, folder: Path, manifest: Manifest, *, entry: FileEntry) -> None:
         from hub.validate import open_kept
