@@ -25,8 +25,9 @@ LAYERS, HIDDEN = 3, 32
 def write_router(folder: Path, base: Path, pins: Sequence[str], *, top_k: int = 2, seed: int = 0) -> Path:
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(LAYERS, len(pins), HIDDEN, generator=generator)
-    safetensors.torch.save_file({"router.weight": weight}, folder / "adapter_model.safetensors")
+    rows = torch.randn(2, LAYERS, len(pins), HIDDEN, generator=generator)
+    tensors = {"router.weight": rows[0].clone(), "router.prompt_weight": rows[1].clone()}
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA_MOE", "base_model_name_or_path": str(base), "experts": list(pins), "top_k": top_k}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
@@ -45,11 +46,17 @@ def router(hub: LocalHub, base: Path, skills: list[str], tmp_path: Path) -> str:
     return "router"
 
 
-async def ask(server: Any, terms: Sequence[tuple[str, float]], order: RoutingOrder | None, **more: Any) -> list[Any]:
+async def ask(
+    server: Any,
+    terms: Sequence[tuple[str, float]],
+    order: RoutingOrder | None,
+    prompt: Sequence[int] = PROMPT,
+    **more: Any,
+) -> list[Any]:
     lease = await server.store.acquire(terms, order)
     server.asked += 1
     request = GenerationRequest(
-        f"r{server.asked}", tuple(PROMPT), lease.mixture, max_tokens=6, sampling=Sampling(temperature=0.0), **more
+        f"r{server.asked}", tuple(prompt), lease.mixture, max_tokens=6, sampling=Sampling(temperature=0.0), **more
     )
     return await all_events(server.engine.submit(request, lease))
 
@@ -196,6 +203,8 @@ def test_the_prefix_cache_tells_routed_requests_apart(rig: Any, run: Any, router
             assert all(events[-1].cached_tokens == 8 for events in again), "the same again is in the cache"
             assert swapped[-1].cached_tokens == 8, "the order of the candidates changes nothing"
             assert [tokens(events) for events in first] == [tokens(events) for events in again]
+            for order, cached in (orders[2], 8), (orders[6], 0):  # a router reads the prompt whole, arrow does not
+                assert (await ask(server, *order, [*PROMPT[:8], 6, 3]))[-1].cached_tokens == cached
 
     run(work())
 
