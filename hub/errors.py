@@ -14,7 +14,7 @@ HubError
 ├── BaseNotFound        404   no such base model, embedded, on disk or in the Hugging Face cache
 ├── UploadGone          404   an upload that nobody began, or that has expired
 ├── AliasMoved          409   compare-and-set lost: the alias is not where the caller believed
-├── InUse               409   a version that an alias still points to
+├── InUse               409   a version that an alias still points to, or that a router has as an expert
 ├── WouldOverwrite      409   a folder that holds something else than what would be written there
 ├── UploadBusy          409   a piece that does not go on where the upload is, or that another process is sending now
 ├── LogLost             409   a watcher has seen more events than the hub has: it was put back to an older state

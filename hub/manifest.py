@@ -47,7 +47,8 @@ class Manifest(BaseModel):
     """Everything that a server or a person asks of an adapter before its weights are read.
 
     Units: `bytes` is the size of the weights file; `parameters` counts its values.
-    `targets` are the last parts of the adapted modules' names; empty for virtual tokens.
+    `targets` are the last parts of the adapted modules' names; empty for virtual tokens. `exact`: whether a
+    server adds what is stored; whether that is exactly what it was made of is another question (`hub.fidelity`).
     """
 
     model_config = ConfigDict(frozen=True, defer_build=True, extra="forbid")

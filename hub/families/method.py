@@ -80,7 +80,7 @@ def no_contradictions(config: Config) -> Iterable[Complaint]:
     return ()
 
 
-def no_parents(config: Config) -> Iterable[str]:
+def no_pins(config: Config) -> Iterable[str]:
     return ()
 
 
@@ -92,8 +92,8 @@ class Method:
     in `server.adapters.lowering`.
 
     `ranks` are the ranks that a config asks for, by key, as they are served; `contradictions` are combinations of keys
-    that PEFT itself refuses to load. Both must take a config that has other complaints. `parents` are the digests of
-    the adapters without which this one is nothing.
+    that PEFT itself refuses to load. Both must take a config that has other complaints. `pins` are the adapters without
+    which this one is nothing, each as name@digest.
     """
 
     kind: str
@@ -104,7 +104,7 @@ class Method:
     at_linear: AtLinear | None = None
     ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks
     contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions
-    parents: Callable[[Config], Iterable[str]] = no_parents
+    pins: Callable[[Config], Iterable[str]] = no_pins
 
 
 INERT = Field(fields.anything)
