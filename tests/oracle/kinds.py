@@ -39,7 +39,8 @@ from peft import (
     get_peft_model,
 )
 
-from hub.kind import KINDS
+from hub.fidelity import served_exactly
+from hub.methods import METHODS
 from tests.oracle.edited import Edited, edit_configs, loreft_configs, write_edits
 from tests.oracle.weights import with_biases, write_biases, write_sparse
 from trainer.modules.attach import attach
@@ -78,9 +79,7 @@ BIASED = {
     "phi": (["fc1", "lm_head"], ["input_layernorm", "final_layernorm"]),
     "gpt2": (["c_attn"], ["ln_1", "ln_f"]),
 }
-# Served at a lower rank than they have, with the error that follows; and a kind that routes and changes nothing itself.
-INEXACT = ("lokr", "fourierft", "c3a", "hira")
-ROUTING = ("lora-moe",)
+ROUTING = ("lora-moe",)  # it changes nothing itself
 INVOCATION = (7, 9)
 ROUTERS = {"mixtral": "mlp.gate.weight", "qwen3_moe": "mlp.gate.weight", "gpt_oss": "mlp.router.weight"}
 
@@ -120,7 +119,8 @@ class Row:
 
 def exact_kinds(architecture: str) -> list[str]:
     """Every kind that an adapter of this base may have and that is served exactly."""
-    return [kind for kind in KINDS if kind not in INEXACT + ROUTING and (kind != "bitfit" or architecture in BIASED)]
+    exact = [method.kind for method in METHODS.values() if served_exactly(method.kind) and method.kind not in ROUTING]
+    return [kind for kind in exact if kind != "bitfit" or architecture in BIASED]
 
 
 def rows(architecture: str) -> dict[str, Row]:
