@@ -1,6 +1,6 @@
 """Every base that is claimed to be served, with one adapter of each sort, against PEFT running each of them alone.
 
-Those that run with every kind, in test_kinds_against_peft.py, are left out of the first test here, whose rows they have.
+Those that run with every kind, in test_kinds_against_peft.py, are left out of the first test here: its rows run there.
 """
 
 from __future__ import annotations
