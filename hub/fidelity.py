@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hub.manifest import Manifest
+from hub.methods import METHODS
 
 # Changes of full rank: a server finds the closest of low rank, and measures how far off that is (docs/decisions/0019).
-OF_FULL_RANK: frozenset[str] = frozenset({"lokr", "fourierft", "c3a", "hira"})
+OF_FULL_RANK: frozenset[str] = frozenset(method.kind for method in METHODS.values() if method.full_rank)
 ROUNDING = 1e-6  # of a sum in fp32; a merge or a cut that changes anything is far above
 _STANDS_FOR = {  # by the record in the recipe
     "fusion": "the exact weighted sum of its parents",
