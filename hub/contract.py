@@ -13,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from hub.kind import Kind
 from hub.ref import Reference
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Version:
 
     version: int
     digest: str
-    kind: Kind
+    kind: str
     bytes: int
     base: str
     fingerprint: str

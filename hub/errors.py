@@ -4,6 +4,7 @@ HubError
 ├── BadReference        400   text that the grammar of references, names, aliases or mixtures does not allow
 ├── Refused             400   an adapter folder with problems; carries every one of them
 ├── BadTensors          400   a safetensors file whose header cannot be trusted; carries every reason
+├── TensorsUnusable     400   tensors of the right shapes whose values mean no adapter
 ├── BadUpload           400   bytes that are not what the upload said they would be
 ├── BadRequest          400   a request over the network that is not what the route takes
 ├── BaseUnusable        400   a base model that is there but whose shapes cannot be read
@@ -82,6 +83,12 @@ class BadTensors(HubError):
 
     def __str__(self) -> str:
         return "; ".join(reason if name is None else f"{name}: {reason}" for name, reason in self.reasons)
+
+
+class TensorsUnusable(HubError):
+    """Raised where the values are read: by a kind in a server, not at push."""
+
+    status = 400
 
 
 class BadUpload(HubError):

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from hub.base import Base
 from hub.digest import DIGEST, SHA256, adapter_digest
 from hub.errors import Corrupt
-from hub.kind import Kind
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,6 +27,8 @@ MANIFEST_FILE = "manifest.json"
 
 # A flat name: no separator can stand in it, and no dot can start it.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\z")]
+# Any: which kinds there are is written in `hub.methods` alone, and a newer hub may hold one that is unknown here.
+KindName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}\z")]
 Sha256 = Annotated[str, StringConstraints(pattern=rf"^{SHA256}\z")]
 Digest = Annotated[str, StringConstraints(pattern=rf"^{DIGEST}\z")]
 
@@ -54,7 +55,7 @@ class Manifest(BaseModel):
 
     schema_version: Literal[1] = 1
     digest: Digest
-    kind: Kind
+    kind: KindName
     base: Base
     config: dict[str, Any]
     files: tuple[FileEntry, ...]

@@ -44,7 +44,7 @@ def adapters_table(adapters: Iterable[Adapter]) -> Table:
         table.add_row(
             adapter.name,
             _numbers([version.version for version in adapter.versions]),
-            newest.kind,
+            _one_line(newest.kind),
             size(newest.bytes),
             aliases_text(adapter.aliases),
             moment(newest.at),
