@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hub.kind import Kind
 from hub.manifest import Manifest
+from hub.methods import METHODS
 
 # Changes of full rank: a server finds the closest of low rank, and measures how far off that is (docs/decisions/0019).
-OF_FULL_RANK: frozenset[Kind] = frozenset({"lokr", "fourierft", "c3a", "hira"})
+OF_FULL_RANK: frozenset[str] = frozenset(method.kind for method in METHODS.values() if method.full_rank)
 ROUNDING = 1e-6  # of a sum in fp32; a merge or a cut that changes anything is far above
 _STANDS_FOR = {  # by the record in the recipe
     "fusion": "the exact weighted sum of its parents",
@@ -50,12 +50,12 @@ class Deviation:
         return f"{self.relative_error:.3g} of {self.stands_for}" + (f" ({'; '.join(more)})" if more else "")
 
 
-def served_exactly(kind: Kind) -> bool:
+def served_exactly(kind: str) -> bool:
     """Whether a server adds what is stored, and not something close to it."""
     return kind not in OF_FULL_RANK
 
 
-def served_as(kind: Kind) -> str:
+def served_as(kind: str) -> str:
     if served_exactly(kind):
         return "exactly as it is stored"
     return "at low rank: a server measures the error, tells it in GET /v1/adapters, and limits it by --max-delta-error"

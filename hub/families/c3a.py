@@ -47,4 +47,6 @@ def _change(config: Config, found: Found) -> Change:
     return Change(full_OI=blocks_MNSS.transpose(1, 2).reshape(found.outputs, found.inputs) / found.inputs)
 
 
-C3A = linear_method("c3a", "C3A", FIELDS, required=("block_size", "target_modules"), part=_part, change=_change)
+C3A = linear_method(
+    "c3a", "C3A", FIELDS, required=("block_size", "target_modules"), part=_part, change=_change, full_rank=True
+)

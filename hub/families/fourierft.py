@@ -46,4 +46,5 @@ FOURIERFT = Method(
     FIELDS,
     required=("n_frequency", "scaling", "random_loc_seed", "target_modules"),
     layout=_layout,
+    full_rank=True,
 )

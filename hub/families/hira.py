@@ -41,4 +41,6 @@ def _change(config: Config, found: Found) -> Change:
     return Change(full_OI=weight_OI * (B_Or @ A_rI))
 
 
-HIRA = linear_method("hira", "HIRA", FIELDS, required=("r", "target_modules"), part=_part, change=_change, conv1d=True)
+HIRA = linear_method(
+    "hira", "HIRA", FIELDS, required=("r", "target_modules"), part=_part, change=_change, full_rank=True, conv1d=True
+)

@@ -56,6 +56,7 @@ def linear_method(
     part: PartOf,
     change: ChangeOf,
     conv1d: bool = False,
+    full_rank: bool = False,
     ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks,
     contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions,
 ) -> Method:
@@ -64,7 +65,7 @@ def linear_method(
     def layout(config: Config, base: Base, modules: Modules) -> Layout:
         return linear_layout(config, base, modules, part=part, conv1d=conv1d)
 
-    return Method(kind, peft_type, keys, required, layout, AtLinear(part, change), ranks, contradictions)
+    return Method(kind, peft_type, keys, required, layout, AtLinear(part, change), full_rank, ranks, contradictions)
 
 
 def linear_layout(

@@ -78,4 +78,6 @@ def _factor(found: Found, name: str) -> Tensor:
     return found.tensors[f"{name}_a"] @ found.tensors[f"{name}_b"]
 
 
-LOKR = linear_method("lokr", "LOKR", FIELDS, required=("r", "alpha", "target_modules"), part=_part, change=_change)
+LOKR = linear_method(
+    "lokr", "LOKR", FIELDS, required=("r", "alpha", "target_modules"), part=_part, change=_change, full_rank=True
+)

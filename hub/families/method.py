@@ -89,7 +89,7 @@ class Method:
     """One kind of adapter.
 
     `at_linear` is what it computes, where that is a change of each Linear by itself. What else a kind may be is lowered
-    in `server.adapters.lowering`.
+    in `server.adapters.lowering`. With `full_rank` a server serves the closest that is of low rank.
 
     `ranks` are the ranks that a config asks for, by key, as they are served; `contradictions` are combinations of keys
     that PEFT itself refuses to load. Both must take a config that has other complaints. `pins` are the adapters without
@@ -102,6 +102,7 @@ class Method:
     required: tuple[str, ...]
     layout: Callable[[Config, Base, Modules], Layout]
     at_linear: AtLinear | None = None
+    full_rank: bool = False
     ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks
     contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions
     pins: Callable[[Config], Iterable[str]] = no_pins

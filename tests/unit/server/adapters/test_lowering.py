@@ -147,6 +147,12 @@ def test_a_good_file_becomes_a_site_for_every_module(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_what_is_approximated_is_what_the_table_calls_of_full_rank(case: str) -> None:
+    [method] = [method for method in METHODS.values() if method.kind == CASES[case][0]]
+    assert (lowered(case, tensors(case, Q)).approximation is not None) == method.full_rank
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_every_tensor_that_is_missing_is_named(case: str) -> None:
     for part in CASES[case][2]:
         given = tensors(case, Q, V)
