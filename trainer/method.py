@@ -54,6 +54,7 @@ class Method:
     settled: Callable[[Any, int], Any] = (
         unchanged  # (options, steps of the run) -> options; ValueError if they do not fit
     )
+    found_by_prompts: bool = True  # whether model auto may choose it; a router's prompts are those of its experts
 
 
 def unknown_targets(targets: Iterable[str], anatomy: Anatomy) -> list[str]:

@@ -367,10 +367,13 @@ def finish(
     loaded = export.load_adapter(staging, base, device)
     metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
     export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out))
-    with loaded.disable_adapter():
-        centred = write_centroids(loaded, staging, base, [row.prompt for row in lesson.train], lesson.form)
-    if not centred:
-        report.note(f"fewer than {FEWEST_PROMPTS} different prompts: no centroids, so model auto will not choose it")
+    if method_of(recipe).found_by_prompts:
+        with loaded.disable_adapter():
+            centred = write_centroids(loaded, staging, base, [row.prompt for row in lesson.train], lesson.form)
+        if not centred:
+            report.note(
+                f"fewer than {FEWEST_PROMPTS} different prompts: no centroids, so model auto will not choose it"
+            )
     export.write_records(staging, record(recipe, library_versions()), metrics)
     export.publish(staging, out)
     shutil.rmtree(work)

@@ -1,10 +1,13 @@
-"""`model: auto` for real: four skills trained by `hub train`'s own code, one server, prompts that nobody has seen."""
+"""Routing for real: four skills and a router over them, trained by `hub train`'s own code, one server, prompts that
+nobody has seen: `model: auto` chooses by the prompt, `model: router` token by token.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +16,15 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.auto import SUBJECTS, ask_all, conversations, questions, subject_rows, teach
+from benchmarks.auto import SUBJECTS, ask_all, conversations, exact, questions, subject_rows, teach
+from benchmarks.routing import learn
 from hub.registry import LocalHub
 from tests.system.conftest import BASE, Server, hub, serving
 
 ROWS, ASKED = 400, 50  # of each skill
 RIGHT, LEFT_TO_THE_BASE = 0.95, 0.9  # what routing must reach on prompts that it has not seen
-STEPS = 2  # what an adapter has learnt changes nothing in what chooses it
+STEPS, ROUTER_STEPS = 50, 40
+LONGEST_ANSWER = 40  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +33,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     registry = LocalHub(room / "home")
     for subject in SUBJECTS:
         teach(subject, subject_rows(subject, "train", ROWS, 1), registry, room, steps=STEPS, seed=1)
+    mixed = [row for subject in SUBJECTS for row in subject_rows(subject, "train", ROWS, 1)]
+    random.Random(1).shuffle(mixed)
+    before = os.environ.get("MULTIGRAFT_HOME")
+    os.environ["MULTIGRAFT_HOME"] = str(room / "home")  # where a router finds its experts
+    try:
+        learn(room, registry, "router", mixed, "lora-moe", steps=ROUTER_STEPS, options={"experts": list(SUBJECTS)})
+    finally:
+        os.environ.pop("MULTIGRAFT_HOME") if before is None else os.environ.update(MULTIGRAFT_HOME=before)
     return room / "home"
 
 
@@ -57,6 +70,19 @@ def test_held_out_prompts_choose_their_skill_and_small_talk_stays_with_the_base(
     for turns in ((1,), (2, 3)):
         talk = asyncio.run(ask_all(server.url, "auto", conversations(turns, 2 * ASKED, 3), tokens=1))
         assert sum(answer.chosen is None for answer in talk) >= LEFT_TO_THE_BASE * len(talk)
+
+
+def test_a_router_answers_as_the_right_adapter_does(server: Server) -> None:
+    right = {}
+    for model in ("router", None):
+        shares = []
+        for subject in SUBJECTS:
+            asked = subject_rows(subject, "eval", ASKED, 2)
+            answers = asyncio.run(ask_all(server.url, model or subject, questions(asked), tokens=LONGEST_ANSWER))
+            shares.append(exact(answers, asked))
+        right[model] = shares
+    assert min(right[None]) > 0.5, f"too little was learnt to tell anything: {right[None]}"
+    assert sum(right["router"]) >= RIGHT * sum(right[None]), right
 
 
 def test_the_answer_is_that_of_the_chosen_adapter_and_says_why(server: Server) -> None:

@@ -65,5 +65,5 @@ def lora_moe_settled(options: LoraMoeOptions, steps: int) -> LoraMoeOptions:
 LORA_MOE: Final = Method(
     "lora-moe",
     "trains a router that gives every token its experts, LoRA adapters of the hub, and leaves those as they are",
-    LoraMoeOptions, 1e-2, lora_moe_config, lora_moe_problems, prompt_reading_tuner, lora_moe_settled,
+    LoraMoeOptions, 1e-2, lora_moe_config, lora_moe_problems, prompt_reading_tuner, lora_moe_settled, found_by_prompts=False,
 )  # fmt: skip
