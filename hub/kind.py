@@ -8,7 +8,7 @@ Kind = Literal[
     "lora", "adalora", "vera", "loha", "hra", "miss", "delora", "ia3", "beft",
     "bitfit", "ln-tuning", "trainable-tokens",
     "oft", "boft", "road", "shira", "sparse", "lokr", "fourierft", "c3a", "hira",
-    "prefix", "prompt", "p-tuning",
+    "prefix", "prompt", "multitask-prompt", "p-tuning",
     "bottleneck", "loreft", "lora-moe",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)

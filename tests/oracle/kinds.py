@@ -5,6 +5,7 @@ A new kind is one row here; every test of this folder then runs it on every arch
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    MultitaskPromptTuningConfig,
     OFTConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -72,12 +74,16 @@ ROUTERS = {"mixtral": "mlp.gate.weight", "qwen3_moe": "mlp.gate.weight", "gpt_os
 
 @dataclass(frozen=True)
 class Row:
-    """`cut` takes back some of what is random: triplets that are masked, rows that training has left alone."""
+    """`cut` takes back some of what is random: triplets that are masked, rows that training has left alone.
+
+    `task` is the one that an adapter of several tasks answers as, which PEFT is told with every batch.
+    """
 
     kind: str
     config: Any
     linear_only: bool = False  # PEFT cannot put it on a Conv1D
     cut: Callable[[PeftModel], None] | None = None
+    task: int | None = None
 
     @property
     def invoked(self) -> bool:
@@ -87,7 +93,7 @@ class Row:
     @property
     def virtual(self) -> bool:
         """Virtual tokens ahead of the sequence, and no change of a Linear."""
-        return self.kind in ("prefix", "prompt", "p-tuning")
+        return self.kind in ("prefix", "prompt", "multitask-prompt", "p-tuning")
 
     @property
     def edits(self) -> bool:
@@ -317,11 +323,26 @@ def rows(architecture: str) -> dict[str, Row]:
             ),
         ),
     }
+    made |= multitask_rows()
     edits = {**edit_configs(), **loreft_configs()}
     made |= {name: Row(config["peft_type"].lower(), config) for name, config in edits.items()}
     if architecture in ROUTERS:
         made |= mixture_rows(architecture, first)
     return {name: row for name, row in made.items() if not (row.linear_only and architecture in CONV1D)}
+
+
+def multitask_rows() -> dict[str, Row]:
+    """One task, and one of several, by factors of several ranks."""
+
+    def row(task: int | None = None, **options: int) -> Row:
+        config = MultitaskPromptTuningConfig(**options, **COMMON)
+        return Row("multitask-prompt", config, cut=grow_factors, task=task)
+
+    return {
+        "multitask-prompt": row(num_virtual_tokens=4),
+        "multitask-prompt-third-task": row(num_virtual_tokens=6, num_tasks=3, num_ranks=2, task=2),
+        "multitask-prompt-first-task": row(num_virtual_tokens=1, num_tasks=2, num_ranks=5, task=0),
+    }
 
 
 def mixture_rows(architecture: str, linear: str) -> dict[str, Row]:
@@ -359,7 +380,28 @@ def make_adapter(base: TinyBase, row: Row, folder: Path, seed: int) -> Any:
     if row.cut is not None:
         row.cut(model)
     model.eval().save_pretrained(folder)
-    return PeftModel.from_pretrained(base.fresh(), folder).eval()
+    if row.task is not None:
+        config = folder / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "task_id": row.task}))
+    loaded = PeftModel.from_pretrained(base.fresh(), folder).eval()
+    return loaded if row.kind != "multitask-prompt" else told_its_task(loaded, row.task or 0)
+
+
+def grow_factors(model: PeftModel) -> None:
+    """What multiplies the shared prompt, and PEFT starts near zero, becomes of its size."""
+    encoder = model.prompt_encoder["default"]
+    for factor in (encoder.prefix_task_cols, encoder.prefix_task_rows):
+        factor.data *= 5
+
+
+def told_its_task(model: Any, task: int) -> Any:
+    """PEFT wants the task of every row of every batch."""
+
+    def told(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return given[0], torch.full((len(given[0]),), task)
+
+    model.prompt_encoder["default"].register_forward_pre_hook(told)
+    return model
 
 
 def keep_most_rows(model: PeftModel) -> None:

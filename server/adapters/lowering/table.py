@@ -27,7 +27,7 @@ from server.adapters.lowering.lora_moe import lower_lora_moe
 from server.adapters.lowering.loreft import lower_loreft
 from server.adapters.lowering.miss import lower_miss
 from server.adapters.lowering.oft import lower_oft
-from server.adapters.lowering.prompts import lower_prefix, lower_soft_prompt
+from server.adapters.lowering.prompts import lower_multitask_prompt, lower_prefix, lower_soft_prompt
 from server.adapters.lowering.road import lower_road
 from server.adapters.lowering.shira import lower_shira
 from server.adapters.lowering.sparse import lower_sparse
@@ -62,6 +62,7 @@ LOWERINGS: Mapping[str, Lowering] = {
     "trainable-tokens": lower_trainable_tokens,
     "prefix": lower_prefix,
     "prompt": lower_soft_prompt,
+    "multitask-prompt": lower_multitask_prompt,
     "p-tuning": lower_soft_prompt,
     "lora-moe": lower_lora_moe,
     "bottleneck": lower_bottleneck,

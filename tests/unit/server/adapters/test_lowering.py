@@ -138,7 +138,7 @@ def refusal(case: str, given: Mapping[str, Tensor], **changes: Any) -> str:
 
 
 def test_every_kind_that_changes_linears_is_here() -> None:
-    others = {"sparse", "prefix", "prompt", "p-tuning", "bottleneck", "loreft"}
+    others = {"sparse", "prefix", "prompt", "multitask-prompt", "p-tuning", "bottleneck", "loreft"}
     others |= {"bitfit", "ln-tuning", "trainable-tokens", "lora-moe"}
     assert {kind for kind, _, _ in CASES.values()} | others == LOWERINGS.keys()
 
