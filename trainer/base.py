@@ -70,6 +70,8 @@ def read_anatomy(model: Any, folder: Path, tokenizer: Any) -> Anatomy:
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
     linears = [name for name, module in modules.items() if is_linear(module) and module is not head]
+    norms = [name for name, module in modules.items() if is_norm(module)]
+    adaptable = [*linears, *norms, *(name for name, module in modules.items() if module is head)]
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     hidden = getattr(config, "hidden_size", None)
@@ -88,14 +90,31 @@ def read_anatomy(model: Any, folder: Path, tokenizer: Any) -> Anatomy:
         sliding_window=getattr(config, "sliding_window", None),
         linears=tuple(linears),
         head=next(name for name, module in modules.items() if module is head),
+        widths={name: widths(module) for name, module in modules.items() if is_linear(module)},
+        norms=tuple(norms),
+        biased=frozenset(name for name in adaptable if getattr(modules[name], "bias", None) is not None),
+        embedding=next(name for name, module in modules.items() if module is model.get_input_embeddings()),
         conv1d=any(type(modules[name]).__name__ == "Conv1D" for name in linears),
         attention_interface=bool(type(model)._can_set_attn_implementation()),
         count_tokens=lambda text: len(tokenizer(text)["input_ids"]),
+        plain_tokens=lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
     )
 
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1
+
+
+def widths(module: Any) -> tuple[int, int]:
+    """Inputs and outputs; a Conv1D holds its weight transposed."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
 
 def uneven_heads(config: Any) -> bool:

@@ -17,8 +17,11 @@ from pydantic import Field, model_validator
 from hub.experts import KINDS
 from trainer.anatomy import Anatomy, names
 from trainer.families.edits import BOTTLENECK, LOREFT
+from trainer.families.full_rank import FULL_RANK
 from trainer.families.linears import LINEARS
 from trainer.families.moe import LORA_MOE
+from trainer.families.parts import PARTS
+from trainer.families.rotations import ROTATIONS
 from trainer.families.sparse import DIFF_PRUNING, LT_SFT
 from trainer.method import Method, Options, Plan, unknown_targets
 
@@ -337,6 +340,9 @@ METHODS: Final[Mapping[str, Method]] = {
             PTuningOptions, 1e-3, p_tuning_config, p_tuning_problems,
         ),
         *LINEARS,
+        *ROTATIONS,
+        *FULL_RANK,
+        *PARTS,
         BOTTLENECK,
         LOREFT,
         LT_SFT,

@@ -27,10 +27,12 @@ from trainer.centroids import FEWEST_PROMPTS, Form, form_of, write_centroids
 from trainer.data import Dataset, load_dataset
 from trainer.encode import Encoded, encode_rows
 from trainer.errors import Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged
+from trainer.head_loss import trainer_for
 from trainer.method import Plan
 from trainer.order import order
 from trainer.progress import SILENT, Reporter, Step
 from trainer.recipe import Recipe, changes, method_of, record
+from trainer.servable import hub_problems
 from trainer.tuner import Batches, Tuner, no_batches
 
 Existing = Literal["refuse", "resume", "overwrite"]
@@ -95,6 +97,7 @@ def train(
     dataset = load_dataset(recipe)
     lesson = prepare(recipe, dataset, base, plan, report)
     settled = settle(recipe, dataset, plan, lesson.steps)
+    check_servable(settled, base)
     start = open_work(work, settled, workshop.existing)
     model = adapted(settled, base, device, lambda: first_batches(settled, lesson, base, device))
     parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
@@ -147,6 +150,13 @@ def check_method(recipe: Recipe, base: OpenBase, plan: Plan) -> None:
         problems.append(f"max_length {plan.max_length} is above the base's context of {context} tokens")
     if problems:
         raise MethodUnfit(recipe.method, recipe.base, list(dict.fromkeys(problems)))
+
+
+def check_servable(recipe: Recipe, base: OpenBase) -> None:
+    """Refuse what the hub would not take of the settled recipe."""
+    problems = hub_problems(method_of(recipe).config(recipe.options, base.anatomy), base.folder)
+    if problems:
+        raise MethodUnfit(recipe.method, recipe.base, problems)
 
 
 def prepare(recipe: Recipe, dataset: Dataset, base: OpenBase, plan: Plan, report: Reporter) -> Lesson:
@@ -247,7 +257,7 @@ def run_steps(
 ) -> None:
     """Run TRL over the lesson, from the checkpoint on. Raises Interrupted, Diverged."""
     tuner = method_of(recipe).tuner()
-    trainer = checkpoint.CheckpointingTrainer(
+    trainer = trainer_for(model)(
         model=model,
         args=arguments(recipe, lesson, work, workshop.checkpoint_steps, device),
         data_collator=lambda items: tuner.collate([lesson.train[item["row"]] for item in items], base.pad),
