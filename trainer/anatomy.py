@@ -25,6 +25,7 @@ class Anatomy:
     norms: tuple[str, ...]  # full name of every norm
     biased: frozenset[str]  # the linear modules and norms that have a bias
     embedding: str  # full name of the table of tokens
+    tied: bool  # the output head's weight is that table
     conv1d: bool  # the linear modules hold their weight transposed (GPT-2)
     attention_interface: bool
     count_tokens: Callable[[str], int]

@@ -94,6 +94,7 @@ def read_anatomy(model: Any, folder: Path, tokenizer: Any) -> Anatomy:
         norms=tuple(norms),
         biased=frozenset(name for name in adaptable if getattr(modules[name], "bias", None) is not None),
         embedding=next(name for name, module in modules.items() if module is model.get_input_embeddings()),
+        tied=head.weight is model.get_input_embeddings().weight,
         conv1d=any(type(modules[name]).__name__ == "Conv1D" for name in linears),
         attention_interface=bool(type(model)._can_set_attn_implementation()),
         count_tokens=lambda text: len(tokenizer(text)["input_ids"]),

@@ -15,7 +15,7 @@ from hub.registry import LocalHub
 from hub.validate import validate
 from trainer.base import open_base
 from trainer.data import load_dataset
-from trainer.errors import Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged
+from trainer.errors import BaseUnfit, Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged
 from trainer.evaluate import evaluate
 from trainer.export import golden_prompts, load_adapter
 from trainer.methods import METHODS
@@ -62,7 +62,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ln-tuning": {"targets": ["input_layernorm", "model.norm"]},
     "trainable-tokens": {"tokens": ["bag", 7]},
 }
-NEEDED = {"trainable-tokens": {"tokens": ["a", "<|end|>"]}}  # without which a method is not one
+NEEDED = {  # without which a method is not one
+    "trainable-tokens": {"tokens": ["a", "<|end|>"]},
+    "lora-head": {"targets": ["lm_head", "q_proj"]},
+}
 EXPERTS = ("first", "second")
 # What PEFT trains as it trains LoRA needs no resumed run of its own.
 LIKE_LORA = (
@@ -267,6 +270,7 @@ def test_what_is_exported_is_what_peft_loads_and_the_golden_rows_say(
         ("prompt", {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}),  # caps its logits
         ("lora", {"model_type": "phi", "num_key_value_heads": 4}),  # its head has a bias
         ("lora", GPT2),  # its linear modules are Conv1D
+        ("lora-head", {"model_type": "gemma2", "head_dim": 8, "query_pre_attn_scalar": 8}),  # caps what its head gives
         ("prefix", {"model_type": "qwen3", "head_dim": 16}),  # its heads are wider than hidden_size / heads
     ],
 )
@@ -277,7 +281,9 @@ def test_the_loss_that_is_trained_is_the_loss_that_is_measured(
 
     But for a router, which imitates first.
     """
-    wanted = recipe(method, make_base(**sizes), chats, options=NEEDED.get(method, {}), steps=2, batch_size=36)
+    options = NEEDED.get(method, {})
+    method = method.removesuffix("-head")
+    wanted = recipe(method, make_base(**sizes), chats, options=options, steps=2, batch_size=36)
     base = open_base(wanted.base)
     lesson = prepare(wanted, load_dataset(wanted), base, plan_of(wanted, base), SILENT)
     model = adapted(wanted, base, torch.device("cpu"))
@@ -390,3 +396,58 @@ def test_golden_prompts_are_distinct_and_short_where_they_can_be() -> None:
     assert golden_prompts([row(2, 5), row(2, 5), row(600, 6)]) == [(5, 5)]
     assert golden_prompts([row(700, 5), row(600, 6)]) == [(6,) * 600]
     assert len(golden_prompts([row(3, token) for token in range(20)])) == 4
+
+
+TIED = {"model_type": "llama", "tie_word_embeddings": True}
+OF_THE_VOCABULARY: dict[str, dict[str, Any]] = {
+    "head": {"targets": ["q_proj", "lm_head"], "dropout": 0.3},
+    "head-dora": {"targets": ["lm_head"], "dora": True},
+    "head-pissa": {"targets": ["lm_head", "v_proj"], "init": "pissa"},
+    "whole": {"targets": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "model.norm"]},
+    "tokens": {"targets": ["q_proj"], "trainable_token_indices": ["bag", 9], "init": "olora"},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", OF_THE_VOCABULARY)
+def test_head_and_vocabulary_are_trained_saved_and_served(
+    name: str, tied: bool, make_base: Any, chats: Path, tmp_path: Path
+) -> None:
+    base = make_base(**TIED if tied else {})
+    wanted = recipe("lora", base, chats, options={"rank": 2, **OF_THE_VOCABULARY[name]}, steps=4)
+    if tied and name == "head-pissa":
+        with pytest.raises(MethodUnfit, match="takes its start off the output head's weight, which is the embedding's"):
+            train(wanted, tmp_path / "out")
+        return
+    if tied and name == "head-dora":  # the padding token's row
+        with pytest.raises(BaseUnfit, match="lm_head has rows of zeros, and DoRA divides by their length"):
+            train(wanted, tmp_path / "out")
+        return
+    metrics = train(wanted, tmp_path / "out").metrics
+    assert metrics["eval_loss"] < metrics["base_eval_loss"]
+    validate(tmp_path / "out", base=base)
+    assert served_error(tmp_path / "out", base) < SERVED
+
+
+def test_an_adapted_head_is_trained_alike_in_one_batch_in_several_and_with_checkpointing(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    options = {"rank": 2, "targets": ["lm_head", "q_proj"]}
+    made = []
+    for index, (batch, times, again) in enumerate(((8, 1, False), (2, 4, False), (8, 1, True))):
+        fields = {"batch_size": batch, "gradient_accumulation": times, "gradient_checkpointing": again}
+        train(recipe("lora", tiny_base, chats, options=options, steps=6, **fields), tmp_path / str(index))
+        made.append(tensors(tmp_path / str(index) / "adapter_model.safetensors"))
+    for name, value in made[0].items():
+        assert torch.allclose(value, made[1][name], atol=1e-4)  # the same sums in another order, through Adam
+        assert torch.equal(value, made[2][name])
+
+
+def test_a_run_that_adapts_the_head_is_taken_up_where_it_was(tiny_base: Path, chats: Path, tmp_path: Path) -> None:
+    wanted = recipe("lora", tiny_base, chats, options=OF_THE_VOCABULARY["head"])
+    train(wanted, tmp_path / "whole")
+    stopped = StopAt(6)
+    with pytest.raises(Interrupted):
+        train(wanted, tmp_path / "resumed", report=stopped, stop=stopped.event)
+    train(wanted, tmp_path / "resumed", workshop=Workshop(existing="resume"))
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
