@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hub.base import find_base
 from trainer.anatomy import Anatomy
 from trainer.errors import BaseUnfit, DeviceMissing
+from trainer.quantize import Quantize, loading
 
 DEFAULT_MAX_LENGTH: Final = 1024
 NO_REMOTE_CODE: Final = {"trust_remote_code": False}  # left out, transformers asks on the terminal
@@ -33,18 +34,24 @@ class OpenBase:
     stops: frozenset[int]  # tokens at which the base stops when it is served
     ends: frozenset[int]  # tokens that may end a turn: those and every special token
 
-    def load_weights(self, device: torch.device) -> Any:
-        """Load the model in fp32. Raises BaseUnfit where weights are missing, broken or only there as a pickle."""
+    def load_weights(self, device: torch.device, quantize: Quantize | None = None) -> Any:
+        """Load the model in fp32, its Linear modules in few bits where that is asked for.
+
+        Raises BaseUnfit where weights are missing, broken or only there as a pickle.
+        """
+        options: dict[str, Any] = dict(NO_REMOTE_CODE)
+        if quantize is not None:
+            options |= {"quantization_config": loading(quantize), "device_map": str(device)}
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **NO_REMOTE_CODE
+                self.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BaseUnfit(f"the weights of base {self.name} cannot be loaded: {error}") from None
         missing = sorted(found["missing_keys"])
         if missing:  # transformers would go on with random values
             raise BaseUnfit(f"base {self.name} lacks {len(missing)} of its tensors, {missing[0]} among them")
-        return model.to(device).eval()
+        return model.eval() if quantize is not None else model.to(device).eval()
 
 
 def open_base(name: str) -> OpenBase:

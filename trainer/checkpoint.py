@@ -56,7 +56,17 @@ class Checkpoints:
 
 
 class CheckpointingTrainer(Checkpoints, SFTTrainer):
-    """TRL's trainer, which computes the output head outside its module, and only where something is learnt."""
+    """TRL's trainer, which computes the output head outside its module, and only where something is learnt.
+
+    What is trained over a quantised base stays in fp32, which TRL would round to bfloat16.
+    """
+
+    def __init__(self, *, model: Any, **options: Any) -> None:
+        whole = {name: value.data for name, value in model.named_parameters() if value.requires_grad}
+        super().__init__(model=model, **options)
+        for name, value in model.named_parameters():
+            if name in whole and value.dtype != whole[name].dtype:
+                value.data = whole[name]
 
 
 def load_trained(wanted: Mapping[str, Any], path: Path) -> None:

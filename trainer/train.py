@@ -31,6 +31,7 @@ from trainer.head_loss import trainer_for
 from trainer.method import Plan
 from trainer.order import order
 from trainer.progress import SILENT, Reporter, Step
+from trainer.quantize import quantize_problems
 from trainer.recipe import Recipe, changes, method_of, record
 from trainer.servable import hub_problems
 from trainer.tuner import Batches, Tuner, no_batches
@@ -145,6 +146,8 @@ def plan_of(recipe: Recipe, base: OpenBase) -> Plan:
 
 def check_method(recipe: Recipe, base: OpenBase, plan: Plan) -> None:
     problems = method_of(recipe).problems(recipe.options, base.anatomy, plan)
+    if recipe.quantize is not None:
+        problems += quantize_problems(recipe.method, recipe.options, base.anatomy, recipe.quantize)
     context = base.anatomy.context
     if context is not None and plan.max_length > context:
         problems.append(f"max_length {plan.max_length} is above the base's context of {context} tokens")
@@ -218,7 +221,7 @@ def open_work(work: Path, recipe: Recipe, existing: Existing) -> Path | None:
 
 def adapted(recipe: Recipe, base: OpenBase, device: torch.device, batches: Batches = no_batches) -> Any:
     """Load the base and put an untrained adapter on it."""
-    model = base.load_weights(device)
+    model = base.load_weights(device, recipe.quantize)
     set_seed(recipe.seed)
     method = method_of(recipe)
     config = method.config(recipe.options, base.anatomy)
@@ -237,8 +240,9 @@ def first_batches(
 
 def summary(recipe: Recipe, lesson: Lesson, parameters: int, device: torch.device, start: Path | None) -> str:
     origin = f"from step {checkpoint.step_of(start)}" if start else "from the start"
+    held = f" in {recipe.quantize}" if recipe.quantize else ""
     return (
-        f"{recipe.method} on {recipe.base}: {parameters:,} parameters, {len(lesson.train)} rows "
+        f"{recipe.method} on {recipe.base}{held}: {parameters:,} parameters, {len(lesson.train)} rows "
         f"({len(lesson.held_out)} held out), {lesson.steps} steps of {recipe.rows_per_step} on {device.type}, {origin}"
     )
 
@@ -374,9 +378,9 @@ def finish(
     staging.mkdir()
     tuner = method_of(recipe).tuner()
     tuner.save(model, staging, recipe.base)
-    loaded = export.load_adapter(staging, base, device)
+    loaded = export.load_adapter(staging, base, device, recipe.quantize)
     metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
-    export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out))
+    export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out), recipe.quantize)
     with loaded.disable_adapter():
         centred = write_centroids(loaded, staging, base, [row.prompt for row in lesson.train], lesson.form)
     if not centred:

@@ -383,6 +383,14 @@ def test_golden_rows_of_a_wrong_form_are_refused(adapter: Path, rows: Any) -> No
     assert "golden.json" in problems(adapter)
 
 
+def test_golden_rows_may_tell_how_their_base_was_held(adapter: Path) -> None:
+    told = json.loads((write_golden(adapter) / "golden.json").read_text())
+    (adapter / "golden.json").write_text(json.dumps({**told, "quantize": "nf4"}))
+    validate(adapter)
+    (adapter / "golden.json").write_text(json.dumps({**told, "quantize": "fp4"}))
+    assert problems(adapter).startswith("golden.json: quantize: must be nf4 or int8")
+
+
 def test_golden_files_come_in_pairs(adapter: Path) -> None:
     write_golden(adapter)
     (adapter / "golden.safetensors").unlink()
