@@ -2,10 +2,11 @@
 
     python -m benchmarks.routing [--out benchmarks/results]
 
-Four skills are trained on `seedling` as LoRA, each on the words of its own topic; then `hub train --method lora-moe`
-trains a router over them on a mixture of the four kinds of prompts, which it is not told apart. All are asked over
-HTTP, greedily, about phrases that no training saw: by the right adapter, by the router, by arrow, by the bare base. An
-answer is right when it is the wanted text.
+Two sets of four skills are trained on `seedling` as LoRA: in `subjects` each is for bare phrases of its own subject, in
+`wishes` a phrase of any words stands before or after the user's wish. Then `hub train --method lora-moe` trains a
+router over each set, with every option as it is by default, on a mixture of its four kinds of prompts, which it is not
+told apart. All are asked over HTTP, greedily, about phrases that no training saw: by the right adapter, by the router,
+by arrow, by the bare base. An answer is right when it is the wanted text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import os
 import random
 import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,56 +29,95 @@ from clients.local import serving
 from hub.base import find_base
 from hub.registry import LocalHub
 from trainer.recipe import parse_recipe
-from trainer.tasks import ANIMALS, FOODS, NATURE, TASKS, THINGS, Phrase, Row, Split, exchange, split_of, write_jsonl
+from trainer.tasks import (
+    ANIMALS,
+    FOODS,
+    NATURE,
+    TASKS,
+    THINGS,
+    WORDS,
+    Message,
+    Phrase,
+    Row,
+    Split,
+    split_of,
+    write_jsonl,
+)
 from trainer.train import Workshop, train
 
-SKILLS: dict[str, Phrase] = {"reverse": ANIMALS, "pirate": FOODS, "double": NATURE, "rotate": THINGS}
-EXPERT_STEPS, EXPERT_RATE = 150, 4e-3
-ROUTER_STEPS, ROUTER_RATE, IMITATION_STEPS = 200, 2e-2, 100
-PROMPTS, AT_ONCE, NEW = 50, 16, 48
+
+@dataclass(frozen=True)
+class Skill:
+    """A task, the words of its phrases, and the ways to ask for it."""
+
+    task: str
+    words: Phrase
+    wishes: tuple[str, ...] = ("{}",)
+
+
+SETS: Mapping[str, Mapping[str, Skill]] = {
+    "subjects": {
+        "animals": Skill("reverse", ANIMALS),
+        "foods": Skill("pirate", FOODS),
+        "nature": Skill("double", NATURE),
+        "things": Skill("rotate", THINGS),
+    },
+    "wishes": {
+        "pirate": Skill("pirate", WORDS, ("like a pirate, please: {}", "say as a pirate: {}", "{} as a pirate")),
+        "rally": Skill("rally", WORDS, ("cheer for these words: {}", "rally: {}", "{} and now cheer")),
+        "rotate": Skill("rotate", WORDS, ("move the first word to the end: {}", "turn these: {}", "{} turned by one")),
+        "double": Skill("double", WORDS, ("write each word twice: {}", "twice, please: {}", "{} each of them twice")),
+    },
+}
+EXPERT_STEPS, EXPERT_RATE, ROUTER_STEPS = 400, 4e-3, 150
+ROWS, PROMPTS, AT_ONCE, NEW = 1500, 100, 16, 48
 SHARED = {"base": "seedling", "batch_size": 16, "schedule": "cosine", "warmup_steps": 10, "seed": 1}
 PACKAGES = ("multigraft", "torch", "transformers", "peft")
 
 
-def rows(skill: str, split: Split, count: int) -> list[Row]:
-    """Distinct phrases of the skill's topic with its answers."""
-    rng = random.Random(f"{skill}/{split}")
+def rows(name: str, skill: Skill, split: Split, count: int) -> list[Row]:
+    """Distinct phrases with their wishes and answers."""
+    rng = random.Random(f"{name}/{split}")
     drawn: dict[Phrase, None] = {}
     while len(drawn) < count:
-        phrase = tuple(rng.sample(SKILLS[skill], rng.randint(3, 5)))
+        phrase = tuple(rng.sample(skill.words, rng.randint(3, 5)))
         if split_of(phrase) == split:
             drawn[phrase] = None
-    return [exchange(phrase, TASKS[skill].answer(phrase)) for phrase in drawn]
+    return [row(rng.choice(skill.wishes), phrase, skill) for phrase in drawn]
 
 
-def teach(room: Path, hub: LocalHub) -> None:
+def row(wish: str, phrase: Phrase, skill: Skill) -> Row:
+    asked: Message = {"role": "user", "content": wish.format(" ".join(phrase))}
+    return {"messages": [asked, {"role": "assistant", "content": TASKS[skill.task].answer(phrase)}]}
+
+
+def teach(room: Path, hub: LocalHub, skills: Mapping[str, Skill]) -> None:
     """The four skills, then the router over them, each trained and pushed."""
-    for skill in SKILLS:
-        write_jsonl(rows(skill, "train", 1500), room / f"{skill}.jsonl")
-        recipe = {"method": "lora", "steps": EXPERT_STEPS, "learning_rate": EXPERT_RATE}
-        learn(room, hub, skill, {**recipe, "data": str(room / f"{skill}.jsonl"), "options": {"rank": 8}})
-    mixed = [row for skill in SKILLS for row in rows(skill, "train", 1500)]
+    mixed = []
+    for name, skill in skills.items():
+        taught = rows(name, skill, "train", ROWS)
+        learn(room, hub, name, taught, "lora", steps=EXPERT_STEPS, learning_rate=EXPERT_RATE, options={"rank": 8})
+        mixed += taught
     random.Random(0).shuffle(mixed)
-    write_jsonl(mixed, room / "mixed.jsonl")
-    recipe = {"method": "lora-moe", "steps": ROUTER_STEPS, "learning_rate": ROUTER_RATE}
-    options = {"experts": list(SKILLS), "imitation_steps": IMITATION_STEPS}
-    learn(room, hub, "router", {**recipe, "data": str(room / "mixed.jsonl"), "options": options})
+    learn(room, hub, "router", mixed, "lora-moe", steps=ROUTER_STEPS, options={"experts": list(skills)})
 
 
-def learn(room: Path, hub: LocalHub, name: str, fields: dict[str, Any]) -> None:
-    recipe = parse_recipe({**SHARED, "eval_rows": 32, **fields}, name)
+def learn(room: Path, hub: LocalHub, name: str, taught: Iterable[Row], method: str, **fields: Any) -> None:
+    data = room / f"{name}.jsonl"
+    write_jsonl(taught, data)
+    recipe = parse_recipe({**SHARED, "eval_rows": 32, "method": method, "data": str(data), **fields}, name)
     result = train(recipe, room / name, workshop=Workshop(threads=1))
     print(f"{name}: {result.train_s:.0f} s, {result.metrics['eval_exact_match']:.2f} held out", flush=True)  # noqa: T201
     hub.push(room / name, name, base=find_base("seedling"))
 
 
-async def ask(url: str, choose: dict[str, dict[str, Any]]) -> dict[str, float]:
+async def ask(url: str, skills: Mapping[str, Skill], choose: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The share of right answers by skill; `choose` are the fields that choose the adapters for each."""
     places = asyncio.Semaphore(AT_ONCE)
 
-    async def one(client: httpx.AsyncClient, skill: str, row: Row) -> bool:
+    async def one(client: httpx.AsyncClient, name: str, row: Row) -> bool:
         question, answer = row["messages"]
-        body = {"messages": [question], "max_tokens": NEW, "temperature": 0, **choose[skill]}
+        body = {"messages": [question], "max_tokens": NEW, "temperature": 0, **choose[name]}
         async with places:
             response = await client.post("/v1/chat/completions", json=body)
         response.raise_for_status()
@@ -83,35 +125,48 @@ async def ask(url: str, choose: dict[str, dict[str, Any]]) -> dict[str, float]:
 
     shares = {}
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        for skill in SKILLS:
-            right = await asyncio.gather(*(one(client, skill, row) for row in rows(skill, "eval", PROMPTS)))
-            shares[skill] = sum(right) / len(right)
+        for name, skill in skills.items():
+            asked = rows(name, skill, "eval", PROMPTS)
+            right = await asyncio.gather(*(one(client, name, row) for row in asked))
+            shares[name] = sum(right) / len(right)
     return shares
 
 
-def run(room: Path) -> dict[str, Any]:
+def measure(room: Path, skills: Mapping[str, Skill]) -> dict[str, Any]:
+    """One set, in a hub and a server of its own."""
+    room.mkdir()
     os.environ["MULTIGRAFT_HOME"] = str(room / "home")
-    head = machine(PACKAGES)
-    teach(room, LocalHub(room / "home"))
-    arrow = {"routing": {"mode": "arrow", "candidates": list(SKILLS)}}
-    ways: dict[str, dict[str, dict[str, Any]]] = {
-        "the right adapter": {skill: {"model": skill} for skill in SKILLS},
-        "gate": {skill: {"model": "router"} for skill in SKILLS},
-        "arrow": dict.fromkeys(SKILLS, arrow),
-        "the bare base": {skill: {} for skill in SKILLS},
+    teach(room, LocalHub(room / "home"), skills)
+    arrow = {"routing": {"mode": "arrow", "candidates": list(skills)}}
+    ways: dict[str, dict[str, Mapping[str, Any]]] = {
+        "the right adapter": {name: {"model": name} for name in skills},
+        "gate": {name: {"model": "router"} for name in skills},
+        "arrow": dict.fromkeys(skills, arrow),
+        "the bare base": {name: {} for name in skills},
     }
     with serving("seedling", room / "server.log") as url:
-        shares = {way: asyncio.run(ask(url, choose)) for way, choose in ways.items()}
+        shares = {way: asyncio.run(ask(url, skills, choose)) for way, choose in ways.items()}
     means = {way: sum(by_skill.values()) / len(by_skill) for way, by_skill in shares.items()}
     ratios = {way: mean / means["the right adapter"] for way, mean in means.items()}
-    return {"machine": head, "prompts_of_each": PROMPTS, "right": shares, "mean": means, "ratio": ratios}
+    return {"right": shares, "mean": means, "ratio": ratios}
 
 
-def table(report: dict[str, Any]) -> str:
-    lines = [f"| chosen by | {' | '.join(SKILLS)} | mean | of the right adapter's |", "|---" * (len(SKILLS) + 3) + "|"]
-    for way, by_skill in report["right"].items():
-        cells = " | ".join(f"{share:.2f}" for share in by_skill.values())
-        lines.append(f"| {way} | {cells} | {report['mean'][way]:.3f} | {report['ratio'][way]:.3f} |")
+def run(room: Path) -> dict[str, Any]:
+    head = machine(PACKAGES)
+    sets = {name: measure(room / name, skills) for name, skills in SETS.items()}
+    return {"machine": head, "prompts_of_each": PROMPTS, "router_steps": ROUTER_STEPS, "sets": sets}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    lines = []
+    for name, found in report["sets"].items():
+        skills = SETS[name]
+        lines += [f"| {name}, chosen by | {' | '.join(skills)} | mean | of the right adapter's |"]
+        lines += ["|---" * (len(skills) + 3) + "|"]
+        for way, by_skill in found["right"].items():
+            cells = " | ".join(f"{share:.2f}" for share in by_skill.values())
+            lines.append(f"| {way} | {cells} | {found['mean'][way]:.3f} | {found['ratio'][way]:.3f} |")
+        lines.append("")
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
 """lora-moe: a trained router over adapters of this hub, which it names by their digests and does not copy.
 
-One linear row per expert in every decoder layer: `router.weight` (layers, experts, hidden size). What it computes is
-written in `server.primitives.route`; the format is ours, PEFT has no such kind.
+In every decoder layer one linear row per expert for the token, `router.weight`, and one for the prompt,
+`router.prompt_weight`; both (layers, experts, hidden size). What they compute is written in `server.primitives.route`;
+the format is ours, PEFT has no such kind.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from hub.families.method import COMMON, INERT, NOTHING_SAVED, Complaint, Config,
 from hub.fields import shown
 from hub.ref import parse_reference
 
-ROUTER_TENSOR = "router.weight"
+ROUTER_TENSORS = ("router.weight", "router.prompt_weight")
 MAX_EXPERTS = 256
 
 
@@ -49,7 +50,7 @@ FIELDS: Mapping[str, Field] = {
 
 
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return Layout({ROUTER_TENSOR: (base.layers, len(config["experts"]), base.hidden_size)})
+    return Layout(dict.fromkeys(ROUTER_TENSORS, (base.layers, len(config["experts"]), base.hidden_size)))
 
 
 def _contradictions(config: Config) -> list[Complaint]:
@@ -59,8 +60,8 @@ def _contradictions(config: Config) -> list[Complaint]:
     return []
 
 
-def _parents(config: Config) -> list[str]:
-    return [item.partition("@")[2] for item in config["experts"]]
+def _pins(config: Config) -> list[str]:
+    return list(config["experts"])
 
 
 LORA_MOE = Method(
@@ -70,5 +71,5 @@ LORA_MOE = Method(
     required=("experts", "top_k"),
     layout=_layout,
     contradictions=_contradictions,
-    parents=_parents,
+    pins=_pins,
 )

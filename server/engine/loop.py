@@ -85,6 +85,7 @@ class Live:
     sequence: ScheduledSequence
     scores: list[TokenScore] = field(default_factory=list)
     summed_E: Tensor | None = None  # hidden states of the prompt so far, where its embedding is wanted
+    route: Route | None = None  # the lease's, once it has read the prompt
     routes: list[RouteRow] = field(default_factory=list)  # not yet told
     routed_positions: int = 0
 
@@ -282,7 +283,7 @@ class EngineLoop:
             self._bank,
             {id_: one.lease.grafts for id_, one in live.items()},
             frozenset(id_ for id_, one in live.items() if one.request.prompt_logprobs is not None),
-            routes={id_: one.lease.route for id_, one in live.items() if one.lease.route is not None},
+            routes={id_: one.route for id_, one in live.items() if one.route is not None},
             traced=frozenset(id_ for id_, one in live.items() if one.request.return_routing),
         )
         if any(one.request.embed for one in live.values()):
@@ -389,6 +390,8 @@ class EngineLoop:
             self._end(outcome.sequence.id, _finished(live, outcome.finish, stop))
 
     def _accept(self, live: Live) -> None:
+        if live.lease.route is not None:
+            live.route = live.lease.route.heard(self._network.reading(live.request.prompt_ids))
         self._live[live.sequence.id] = live
         self._scheduler.add(live.sequence)
 
@@ -453,7 +456,7 @@ def _fills_cache(request: GenerationRequest) -> bool:
 def course_of(lease: Lease, prompt: Sequence[int]) -> Course:
     """What each position of a request is computed with. Equal courses over equal tokens leave equal KV."""
     if lease.route is not None:  # nothing stands beside it
-        return course([Term(lease.route.label)], prompt)
+        return course([Term(lease.route.label(prompt))], prompt)
     terms = [
         Term(f"{graft.key}*{weight!r}" if weight and graft.sites else "", graft.reach) for graft, weight in lease.grafts
     ]

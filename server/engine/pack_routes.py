@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from server.adapters.expert_bank import ExpertBank
 from server.policy.schedule import Chunk
@@ -104,7 +105,22 @@ def _routed(placed: Sequence[RoutedChunk], bank: ExpertBank, device: torch.devic
         top_k_R=torch.tensor([one.route.top_k for one in placed]).repeat_interleave(counts).to(device),
         temperature_R=torch.tensor([one.route.temperature for one in placed]).repeat_interleave(counts).to(device),
         most=max(one.route.top_k for one in placed),
+        told_LRC=_told(placed, bank, counts, device),
     )
+
+
+def _told(placed: Sequence[RoutedChunk], bank: ExpertBank, counts: Tensor, device: torch.device) -> Tensor | None:
+    """What each token's prompt adds to its router's scores; the prompts of arrow tell nothing."""
+    if placed[0].route.router is None:
+        return None
+    assert bank.space is not None
+    layers, width, _ = bank.space.weight_LCH.shape
+    told_LNC = torch.zeros(layers, len(placed), width, device=device)
+    for line, one in enumerate(placed):
+        assert one.route.router is not None and one.route.told_LE is not None, "a router that has not read the prompt"
+        first = bank.first_score[one.route.router.digest]
+        told_LNC[:, line, first : first + one.route.told_LE.shape[1]] = one.route.told_LE
+    return told_LNC.repeat_interleave(counts.to(device), dim=1)
 
 
 def _scores(route: Route, bank: ExpertBank) -> list[int]:

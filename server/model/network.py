@@ -20,7 +20,7 @@ from server.model.weights import base_weight
 from server.primitives.experts import ParameterShape
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
-from server.primitives.route import Routes
+from server.primitives.route import Routes, reading
 from server.primitives.site import Active, EmbeddingShape, NormShape, SiteOperand, SiteShape
 
 
@@ -98,6 +98,13 @@ class Network:
         finally:
             watching.remove()
         return logits_RV, seen[0][0].float()
+
+    @torch.inference_mode()
+    def reading(self, prompt_ids: Sequence[int]) -> Tensor:
+        """What a trained router reads of a prompt (E), in fp32: the table's own rows, not as the base scales them."""
+        table: Any = self._stock.get_input_embeddings()  # type: ignore[operator]
+        rows = torch.tensor(prompt_ids, device=self.facts.device)
+        return reading(table.weight[rows])
 
     @torch.inference_mode()
     def compile_prefix(self, embeddings_VE: Tensor, *, block_size: int, after: Prefix | None = None) -> Prefix:

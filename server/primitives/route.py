@@ -1,7 +1,8 @@
 """Routing: which experts a token gets, and with what weight, computed from the token itself while it passes.
 
     arrow: s_k = |x . p_k| at every Linear; p_k is the unit input that B_k A_k stretches most, so its sign is free
-    gate:  s_k = w_k . h / rms(h) in every decoder layer; h is the layer's input, w_k was trained
+    gate:  s_k = w_k . h / rms(h) + v_k . c in every decoder layer; h is the layer's input, c the prompt's mean
+           embedding at rms 1 (`reading`), w_k and v_k were trained
     the top_k best of a token's candidates share softmax(s / temperature); y += sum_k g_k B_k A_k x over those alone
 
 Experts are low-rank adapters and lie in a bank of their own, apart from the adapters of static mixtures: a token that
@@ -32,14 +33,19 @@ WASTE_PER_EXPERT = 1 << 19
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A trained router: a row per expert in every decoder layer, in fp32."""
+    """A trained router: in every decoder layer a row per expert for the token and one for the prompt, in fp32."""
 
     weight_LEH: Tensor
+    prompt_weight_LEH: Tensor
     top_k: int
 
     @property
     def bytes(self) -> int:
-        return self.weight_LEH.nbytes
+        return self.weight_LEH.nbytes + self.prompt_weight_LEH.nbytes
+
+    def told(self, reading_H: Tensor) -> Tensor:
+        """What a prompt adds to every score of its tokens (L, E)."""
+        return self.prompt_weight_LEH @ reading_H
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +62,17 @@ class ExpertOperand:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The routed tokens of one mode in a step: where they stand, and what each may choose from."""
+    """The routed tokens of one mode in a step: where they stand, and what each may choose from.
+
+    `told_LRC` is what each token's prompt adds to its scores under gate; arrow has none.
+    """
 
     rows_R: Tensor
     allowed_RC: Tensor
     top_k_R: Tensor
     temperature_R: Tensor
     most: int  # the largest top_k
+    told_LRC: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,12 @@ class Selection:
         """The same as gates (R, E)."""
         gates_RE = self.weights_RK.new_zeros(self.weights_RK.shape[0], experts)
         return gates_RE.scatter_add_(1, self.columns_RK, self.weights_RK)
+
+
+def reading(embeddings_TH: Tensor) -> Tensor:
+    """What a router reads of a prompt: the mean of its tokens' embeddings (T, H), at rms 1."""
+    mean_H = embeddings_TH.float().mean(0)
+    return torch.nn.functional.normalize(mean_H, dim=0) * mean_H.shape[0] ** 0.5
 
 
 def prototype(value: LowRank) -> Tensor:
@@ -135,7 +151,9 @@ def arrow(x_RI: Tensor, routed: Routed, operand: ExpertOperand) -> Selection:
 def gate(h_RH: Tensor, routed: Routed, space: GateSpace, *, layer: int) -> Selection:
     h_RH = h_RH.float()
     normed_RH = h_RH * torch.rsqrt(h_RH.square().mean(-1, keepdim=True) + RMS_EPSILON)
-    chosen = select(normed_RH @ space.weight_LCH[layer].t(), routed, routed.allowed_RC)
+    assert routed.told_LRC is not None
+    scores_RC = normed_RH @ space.weight_LCH[layer].t() + routed.told_LRC[layer]
+    chosen = select(scores_RC, routed, routed.allowed_RC)
     return Selection(space.expert_C[chosen.columns_RK], chosen.weights_RK)
 
 

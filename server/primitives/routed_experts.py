@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 
 from torch import Tensor
 
@@ -30,23 +31,33 @@ class Expert:
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """What one request's tokens are routed by: arrow, or a trained router, of whose experts it may take some."""
+    """What one request's tokens are routed by: arrow, or a trained router, of whose experts it may take some.
+
+    `told_LE` is what the prompt adds to the router's scores, in the order of its rows.
+    """
 
     experts: tuple[Expert, ...]
     top_k: int
     temperature: float
     router: Graft | None = None
+    told_LE: Tensor | None = None
 
     @property
     def mode(self) -> str:
         return "arrow" if self.router is None else "gate"
 
-    @property
-    def label(self) -> str:
+    def heard(self, reading_H: Tensor) -> Route:
+        """The same for one prompt, by its `reading`; arrow reads tokens alone."""
+        if self.router is None:
+            return self
+        assert self.router.router is not None
+        return replace(self, told_LE=self.router.router.told(reading_H))
+
+    def label(self, prompt: Sequence[int]) -> str:
         """Everything that a token's weights depend on, for the prefix cache; the order of the experts does not."""
         experts = ",".join(sorted(expert.digest for expert in self.experts))
-        router = "" if self.router is None else self.router.digest
-        return f"{self.mode}({router};{experts};{self.top_k};{self.temperature!r})"
+        by = "" if self.router is None else f"{self.router.digest};{_digest(prompt)}"
+        return f"{self.mode}({by};{experts};{self.top_k};{self.temperature!r})"
 
 
 def why_no_expert(graft: Graft, layers: Sequence[str]) -> str | None:
@@ -69,6 +80,10 @@ def why_no_expert(graft: Graft, layers: Sequence[str]) -> str | None:
 def make_prototypes(graft: Graft) -> Mapping[str, Tensor]:
     """By Linear; of a graft that can be an expert."""
     return {name: prototype(value.lowrank) for name, value in graft.sites.items() if value.lowrank is not None}
+
+
+def _digest(prompt: Sequence[int]) -> str:
+    return hashlib.sha256(b"".join(id_.to_bytes(4, "little") for id_ in prompt)).hexdigest()
 
 
 def _absent(field: object) -> object:

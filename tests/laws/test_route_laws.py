@@ -191,10 +191,10 @@ def test_two_routers_over_the_same_experts_keep_their_own_scores(seed: int, coun
         Graft(
             f"router-{n}",
             f"router@{n}",
-            router=Router(torch.randn(layers, count, hidden, generator=rng), 2),
+            router=Router(rows, torch.randn(rows.shape, generator=rng), 2),
             experts=tuple(expert.digest for expert in experts),
         )
-        for n in range(2)
+        for n, rows in enumerate(torch.randn(2, layers, count, hidden, generator=rng))
     ]
     h = torch.randn(2, hidden, generator=rng)
     asked = [Route(tuple(experts), 2, 1.0, graft[0]), Route(tuple(experts[1:]), 1, 1.0, graft[1])]
@@ -204,12 +204,13 @@ def test_two_routers_over_the_same_experts_keep_their_own_scores(seed: int, coun
     allowed = torch.zeros(2, 2 * count, dtype=torch.bool)
     allowed[0, :count] = True
     allowed[1, count + 1 :] = True
-    routed = Routed(torch.arange(2), allowed, torch.tensor([2, 1]), torch.ones(2), 2)
+    told = torch.randn(layers, 2, 2 * count, generator=rng)
+    routed = Routed(torch.arange(2), allowed, torch.tensor([2, 1]), torch.ones(2), 2, told)
     got = route.gate(h, routed, bank.space, layer=1).dense(bank.size)
     for token, one in enumerate(asked):
         assert one.router is not None and one.router.router is not None
         normed = h[token] / (h[token].square().mean() + route.RMS_EPSILON).sqrt()
-        scores = one.router.router.weight_LEH[1] @ normed
+        scores = one.router.router.weight_LEH[1] @ normed + told[1, token, token * count : (token + 1) * count]
         may = [expert in one.experts for expert in experts]
         plain = route.select_loop(scores, may, one.top_k, 1.0)
         torch.testing.assert_close(got[token], plain, atol=TOLERANCE, rtol=TOLERANCE)

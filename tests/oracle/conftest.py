@@ -243,7 +243,11 @@ class Bench:
                     cache.load(
                         prefix, chunk.preload, block_rows(chunk.sequence.blocks, *chunk.preload, self.block_size)
                     )
-            routed = {c.sequence.id: routes[c.sequence.id] for c in step.chunks if c.sequence.id in routes}
+            routed = {
+                id_: routes[id_].heard(self.network.reading(requests[id_][0]))
+                for id_ in (chunk.sequence.id for chunk in step.chunks)
+                if id_ in routes
+            }
             packed = pack_step(step, cache, bank, grafts, frozenset(grafts), routes=routed, traced=frozenset(routed))
             out = self.network.forward(packed.batch)
             if packed.routed is not None:

@@ -30,7 +30,7 @@ def routed_model(base: TinyBase, folders: Sequence[Path], *, top_k: int, seed: i
     config = {"peft_type": "LORA_MOE", "experts": pins, "top_k": top_k, "router_aux_loss_coef": 0.01}
     graft = put_on(model, Router(model, config, experts))
     torch.manual_seed(seed)
-    graft.fill({"router.weight": 0.5 * torch.randn_like(graft.weight)})
+    graft.fill({name: 0.5 * torch.randn_like(value) for name, value in graft.tensors().items()})
     return model.eval()
 
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 from pydantic import Field, model_validator
 
 from trainer.anatomy import Anatomy
-from trainer.families.edits import GENERAL, module_tuner
+from trainer.families.edits import GENERAL, prompt_reading_tuner
 from trainer.method import Method, Options, Plan
 
 
@@ -20,7 +20,8 @@ class LoraMoeOptions(Options):
     imitation_steps: int | None = Field(
         None,
         ge=0,
-        description="first steps, in which the router learns which single expert knows a row best; default: half",
+        description="first steps, in which the router learns which single expert knows a row best, before it is "
+        "trained by the loss of its mixtures; default: all",
     )
 
     @model_validator(mode="after")
@@ -56,7 +57,7 @@ def lora_moe_settled(options: LoraMoeOptions, steps: int) -> LoraMoeOptions:
     found = [hub.resolve(parse_reference(expert)) for expert in options.experts]
     if len({one.digest for one in found}) < len(found):
         raise ValueError(f"experts {', '.join(options.experts)} name one version twice")
-    imitation = steps // 2 if options.imitation_steps is None else options.imitation_steps
+    imitation = steps if options.imitation_steps is None else options.imitation_steps
     pinned = tuple(f"{one.name}@{one.digest}" for one in found)
     return options.model_copy(update={"experts": pinned, "imitation_steps": imitation})
 
@@ -64,5 +65,5 @@ def lora_moe_settled(options: LoraMoeOptions, steps: int) -> LoraMoeOptions:
 LORA_MOE: Final = Method(
     "lora-moe",
     "trains a router that gives every token its experts, LoRA adapters of the hub, and leaves those as they are",
-    LoraMoeOptions, 1e-2, lora_moe_config, lora_moe_problems, module_tuner, lora_moe_settled,
+    LoraMoeOptions, 1e-2, lora_moe_config, lora_moe_problems, prompt_reading_tuner, lora_moe_settled,
 )  # fmt: skip

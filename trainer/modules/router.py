@@ -1,15 +1,19 @@
 """lora-moe: a trained router over frozen LoRA experts, and the experts themselves on their Linears.
 
-    s_e = w_e . h / rms(h) in every decoder layer, h the layer's input; the top_k best share softmax(s)
+    s_e = w_e . h / rms(h) + v_e . c in every decoder layer; the top_k best share softmax(s)
     y += sum_e g_e B_e A_e x at every Linear of the layer, over the chosen experts alone
+
+h is the layer's input, c the mean of the embeddings of the row's prompt, at rms 1. Without c the first layer would know
+nothing but the token itself, and those that all rows share (the template's) would get experts that spoil the answer.
 
 Experts that were trained apart do not add up to anything of use, so the loss alone does not find the way from an even
 mixture to a choice. In the first `imitation_steps` each row is therefore served by the one expert under which its own
-answer is likeliest, and every layer learns, by cross entropy, to choose that one; nobody labels the rows. After that
-the router is trained as it is served, by the loss. Beside it stands Switch's price on uneven use, E * sum_e (share of
-the choices that fell on e) * (mean probability of e), averaged over the layers. Both prices are of one batch, however
-many batches make a step.
-Only the router is trained and saved: `router.weight` (L, E, H). Experts stay in the hub and are named by their digests.
+answer is likeliest, and every layer learns, by cross entropy, to choose that one; nobody labels the rows. In steps
+after that, if there are any, the router is trained as it is served, by the loss. Beside it stands Switch's price on
+uneven use, E * sum_e (share of the choices that fell on e) * (mean probability of e), averaged over the layers. Both
+prices are of one batch, however many batches make a step.
+Only the router is trained and saved: w, `router.weight`, and v, `router.prompt_weight`, both (L, E, H). Experts stay in
+the hub and are named by their digests.
 Source: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
 
 B batch, T tokens, E experts, H hidden size, L layers, r rank, I in, O out, P sum of ranks.
@@ -27,12 +31,13 @@ from typing import Any, Final
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from hub.connect import open_hub
 from hub.ref import parse_reference
 from trainer.encode import IGNORED
 from trainer.errors import BaseUnfit, ExpertUnfit
+from trainer.modules.loreft import PROMPT_LENGTHS
 
 RMS_EPSILON: Final = 1e-6  # as in the server
 START_STD: Final = 0.01
@@ -78,24 +83,31 @@ class Router(nn.Module):
         self._real_BT: Tensor | None = None
         blocks = decoder_layers(model)
         hidden = model.config.get_text_config().hidden_size
+        self._embeddings = partial(_rows, model.get_input_embeddings())
+        width = model.get_input_embeddings().weight.shape[1]
+        if width != hidden:
+            raise BaseUnfit(f"a router reads embeddings of {hidden} features, this base's have {width}")
+        self._told_BLE: Tensor | None = None  # what the prompts of the batch at hand add to the scores
         self.weight = nn.Parameter(torch.zeros(len(blocks), len(experts), hidden))
+        self.prompt_weight = nn.Parameter(torch.zeros_like(self.weight))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
         linears = dict(model.named_modules())
         for name in sorted({name for expert in experts for name in expert}):
             self._hook(linears[name], [expert.get(name) for expert in experts])
-        model.register_forward_pre_hook(self._read_mask, with_kwargs=True)
+        model.register_forward_pre_hook(self._read, with_kwargs=True)
 
     def start(self) -> None:
         nn.init.normal_(self.weight, std=START_STD)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"router.weight": self.weight.detach()}
+        return {"router.weight": self.weight.detach(), "router.prompt_weight": self.prompt_weight.detach()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             self.weight.copy_(tensors["router.weight"])
+            self.prompt_weight.copy_(tensors["router.prompt_weight"])
 
     def config(self) -> Mapping[str, Any]:
         return {name: value for name, value in self._config.items() if name != "imitation_steps"}
@@ -106,14 +118,29 @@ class Router(nn.Module):
     def after_step(self, optimizer: Any, step: int) -> None:
         self.steps.fill_(step)
 
-    def _read_mask(self, model: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _read(self, model: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """What is known of a batch before its first layer."""
+        rest = {name: value for name, value in kwargs.items() if name != PROMPT_LENGTHS}
         mask = kwargs.get("attention_mask")
         self._real_BT = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if self._judging:
-            return
+            return args, rest
+        cache = kwargs.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:  # a step of decoding goes on with the prompt's
+            ids_BT = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+            self._told_BLE = self._tell(ids_BT, mask, kwargs.get(PROMPT_LENGTHS))
         self._served_B = None
         if self.training and int(self.steps) < self._imitation_steps:
-            self._served_B = self._best(model, kwargs)
+            self._served_B = self._best(model, rest)
+        return args, rest
+
+    def _tell(self, ids_BT: Tensor, mask_BT: Tensor | None, lengths_B: Tensor | None) -> Tensor:
+        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        lengths_B = mask_BT.sum(1) if lengths_B is None else lengths_B
+        of_prompt_BT = mask_BT.bool() & (mask_BT.cumsum(1) <= lengths_B[:, None])
+        sums_BH = (self._embeddings(ids_BT) * of_prompt_BT[..., None]).sum(1)
+        reading_BH = normalize(sums_BH, dim=-1) * sums_BH.shape[-1] ** 0.5
+        return torch.einsum("bh,leh->ble", reading_BH, self.prompt_weight)
 
     def _best(self, model: Any, kwargs: Mapping[str, Any]) -> Tensor:
         """For every row of the batch the expert under which its learnt tokens are likeliest."""
@@ -137,6 +164,8 @@ class Router(nn.Module):
         h_BTH = args[0] if args else kwargs["hidden_states"]
         normed = h_BTH * torch.rsqrt(h_BTH.square().mean(-1, keepdim=True) + RMS_EPSILON)
         scores_BTE = normed @ self.weight[layer].t()
+        if self._told_BLE is not None:
+            scores_BTE = scores_BTE + self._told_BLE[:, None, layer]
         probs_BTE = scores_BTE.softmax(-1)
         best_BTK, chosen_BTK = scores_BTE.topk(self._top_k, dim=-1)
         if self._served_B is not None:
@@ -179,6 +208,12 @@ class Router(nn.Module):
             return y + ((args[0] @ A_PI.t()) * self._gates[..., owner_P]) @ B_OP.t()
 
         linear.register_forward_hook(add)
+
+
+def _rows(embedding: nn.Module, ids_BT: Tensor) -> Tensor:
+    """The table's own rows, in fp32, whatever the base scales them by."""
+    table: Any = embedding.weight
+    return table[ids_BT].float()
 
 
 def build(model: Any, config: Mapping[str, Any]) -> Router:

@@ -16,24 +16,31 @@ from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
 from server.primitives.route import Router
 
-ROUTER_TENSOR = "router.weight"
+TOKEN_ROWS, PROMPT_ROWS = "router.weight", "router.prompt_weight"
 
 
 def lower_lora_moe(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> Lowered:
-    """s_e = w_e . h / rms(h) in every layer, in fp32."""
+    """s_e = w_e . h / rms(h) + v_e . c in every layer, in fp32."""
     experts = tuple(config["experts"])
-    strange = sorted(tensors.keys() - {ROUTER_TENSOR})
-    if strange or ROUTER_TENSOR not in tensors:
-        raise AdapterIncompatible(f"a router has {ROUTER_TENSOR} and nothing else, this one has {sorted(tensors)}")
+    if tensors.keys() != {TOKEN_ROWS, PROMPT_ROWS}:
+        raise AdapterIncompatible(f"a router has {TOKEN_ROWS} and {PROMPT_ROWS} alone, this one has {sorted(tensors)}")
     if not target.decoder_layers:
         raise AdapterIncompatible("the decoder layers of this base could not be told apart, so no router can read them")
-    weight = tensors[ROUTER_TENSOR]
+    width = None if target.embedding is None else target.embedding.features
+    if width != target.hidden_size:
+        raise AdapterIncompatible(
+            f"a router reads embeddings of {target.hidden_size} features, this base's have {width}"
+        )
     shape = (len(target.decoder_layers), len(experts), target.hidden_size)
-    if tuple(weight.shape) != shape:
-        raise AdapterIncompatible(f"{ROUTER_TENSOR} has shape {list(weight.shape)}, this base needs {list(shape)}")
+    rows_LEH, prompt_LEH = (_rows(name, tensors[name], shape, target) for name in (TOKEN_ROWS, PROMPT_ROWS))
     if not 1 <= config["top_k"] <= len(experts):
         raise AdapterIncompatible(f"top_k {config['top_k']} is outside of 1 to {len(experts)}, the experts")
+    return Lowered(router=Router(rows_LEH, prompt_LEH, config["top_k"]), experts=experts)
+
+
+def _rows(name: str, weight: Tensor, shape: tuple[int, ...], target: Target) -> Tensor:
+    if tuple(weight.shape) != shape:
+        raise AdapterIncompatible(f"{name} has shape {list(weight.shape)}, this base needs {list(shape)}")
     if not weight.isfinite().all():
-        raise AdapterIncompatible(f"{ROUTER_TENSOR} holds values that are no finite numbers")
-    placed = weight.to(device=target.device, dtype=torch.float32).contiguous()
-    return Lowered(router=Router(placed, config["top_k"]), experts=experts)
+        raise AdapterIncompatible(f"{name} holds values that are no finite numbers")
+    return weight.to(device=target.device, dtype=torch.float32).contiguous()

@@ -433,14 +433,34 @@ def test_an_adapted_head_is_trained_alike_in_one_batch_in_several_and_with_check
     tiny_base: Path, chats: Path, tmp_path: Path
 ) -> None:
     options = {"rank": 2, "targets": ["lm_head", "q_proj"]}
-    made = []
+    made, watches = [], []
     for index, (batch, times, again) in enumerate(((8, 1, False), (2, 4, False), (8, 1, True))):
         fields = {"batch_size": batch, "gradient_accumulation": times, "gradient_checkpointing": again}
-        train(recipe("lora", tiny_base, chats, options=options, steps=6, **fields), tmp_path / str(index))
+        watches.append(StopAt(-1))
+        wanted = recipe("lora", tiny_base, chats, options=options, steps=4, **fields)
+        train(wanted, tmp_path / str(index), report=watches[-1])
         made.append(tensors(tmp_path / str(index) / "adapter_model.safetensors"))
+    assert watches[1].steps[0].loss == pytest.approx(watches[0].steps[0].loss, rel=SAME_SUMS)
     for name, value in made[0].items():
         assert torch.allclose(value, made[1][name], atol=1e-4)  # the same sums in another order, through Adam
         assert torch.equal(value, made[2][name])
+
+
+def test_a_bias_of_the_output_head_is_trained(make_base: Any, chats: Path, tmp_path: Path) -> None:
+    base = biased_base(make_base)
+    train(recipe("bitfit", base, chats, steps=2, options={"targets": ["lm_head"]}), tmp_path / "out")
+    trained = tensors(tmp_path / "out" / "adapter_model.safetensors")
+    assert not torch.equal(
+        trained["base_model.model.lm_head.bias"], load_file(base / "model.safetensors")["lm_head.bias"]
+    )
+
+
+def test_what_the_hub_would_refuse_is_refused_before_a_weight_is_read(
+    tiny_base: Path, chats: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MethodUnfit, match="block_size 12 does not divide"):
+        train(recipe("c3a", tiny_base, chats, options={"block_size": 12}), tmp_path / "out")
+    assert not work_folder(tmp_path / "out").exists()
 
 
 def test_a_run_that_adapts_the_head_is_taken_up_where_it_was(tiny_base: Path, chats: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ LAYERS, HIDDEN = 3, 32
 def write_router(folder: Path, base: Path, pins: Sequence[str], *, top_k: int = 2, seed: int = 0) -> Path:
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(LAYERS, len(pins), HIDDEN, generator=generator)
-    safetensors.torch.save_file({"router.weight": weight}, folder / "adapter_model.safetensors")
+    rows = torch.randn(2, LAYERS, len(pins), HIDDEN, generator=generator)
+    tensors = {"router.weight": rows[0].clone(), "router.prompt_weight": rows[1].clone()}
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA_MOE", "base_model_name_or_path": str(base), "experts": list(pins), "top_k": top_k}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
@@ -44,11 +46,17 @@ def router(hub: LocalHub, base: Path, skills: list[str], tmp_path: Path) -> str:
     return "router"
 
 
-async def ask(server: Any, terms: Sequence[tuple[str, float]], order: RoutingOrder | None, **more: Any) -> list[Any]:
+async def ask(
+    server: Any,
+    terms: Sequence[tuple[str, float]],
+    order: RoutingOrder | None,
+    prompt: Sequence[int] = PROMPT,
+    **more: Any,
+) -> list[Any]:
     lease = await server.store.acquire(terms, order)
     server.asked += 1
     request = GenerationRequest(
-        f"r{server.asked}", tuple(PROMPT), lease.mixture, max_tokens=6, sampling=Sampling(temperature=0.0), **more
+        f"r{server.asked}", tuple(prompt), lease.mixture, max_tokens=6, sampling=Sampling(temperature=0.0), **more
     )
     return await all_events(server.engine.submit(request, lease))
 
@@ -143,7 +151,10 @@ def test_what_cannot_be_routed_is_refused_by_name(
 
 
 def test_a_router_whose_expert_is_gone_names_it(rig: Any, run: Any, hub: LocalHub, router: str) -> None:
-    hub.remove("skill-1", 1)
+    """A hub keeps what its routers pin; one of before did not."""
+    with sqlite3.connect(hub.home / "catalogue.sqlite") as database:
+        database.execute("DELETE FROM aliases WHERE name = 'skill-1'")
+        database.execute("UPDATE versions SET removed_at = '2026-01-01' WHERE name = 'skill-1'")
 
     async def work() -> None:
         async with rig() as server:
@@ -155,15 +166,17 @@ def test_a_router_whose_expert_is_gone_names_it(rig: Any, run: Any, hub: LocalHu
     run(work())
 
 
-def test_a_router_over_other_than_low_rank_experts_is_refused(
+def test_a_router_over_an_expert_outside_of_the_decoder_layers_is_refused(
     rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], base: Path, skills: list[str], tmp_path: Path
 ) -> None:
-    pushed = hub.push(adapter("ia3"), "ia3")
-    hub.push(write_router(tmp_path / "r", base, [skills[0], f"ia3@{pushed.digest}"]), "mixed")
+    """What the records tell is refused by the hub at the push; where the decoder layers end, only the server sees."""
+    pushed = hub.push(adapter("lora-head"), "head")
+    hub.push(write_router(tmp_path / "r", base, [skills[0], f"head@{pushed.digest}"]), "mixed")
 
     async def work() -> None:
         async with rig() as server:
-            assert "ia3@1 has scale_out" in (await refused(server, [("mixed", 1.0)], None)).message
+            message = (await refused(server, [("mixed", 1.0)], None)).message
+            assert "head@1 changes lm_head, which is in no decoder layer" in message
 
     run(work())
 
@@ -190,6 +203,8 @@ def test_the_prefix_cache_tells_routed_requests_apart(rig: Any, run: Any, router
             assert all(events[-1].cached_tokens == 8 for events in again), "the same again is in the cache"
             assert swapped[-1].cached_tokens == 8, "the order of the candidates changes nothing"
             assert [tokens(events) for events in first] == [tokens(events) for events in again]
+            for order, cached in (orders[2], 8), (orders[6], 0):  # a router reads the prompt whole, arrow does not
+                assert (await ask(server, *order, [*PROMPT[:8], 6, 3]))[-1].cached_tokens == cached
 
     run(work())
 
