@@ -57,6 +57,10 @@ def optional_positive(value: Any) -> str | None:
     return None if value is None else positive(value)
 
 
+def optional_whole(value: Any) -> str | None:
+    return None if value is None else whole(value)
+
+
 def optional_text(value: Any) -> str | None:
     return None if value is None or isinstance(value, str) else f"must be a text or null, not {shown(value)}"
 

@@ -28,7 +28,7 @@ from hub.families.loreft import LOREFT
 from hub.families.method import TENSOR_PREFIX, Complaint, Config, Layout, Method
 from hub.families.miss import MISS
 from hub.families.oft import OFT
-from hub.families.prompts import P_TUNING, PREFIX, PROMPT
+from hub.families.prompts import MULTITASK_PROMPT, P_TUNING, PREFIX, PROMPT
 from hub.families.road import ROAD
 from hub.families.shira import SHIRA
 from hub.families.sparse import SPARSE
@@ -40,7 +40,7 @@ from hub.ref import printable
 _ROWS = (
     LORA, ADALORA, VERA, LOHA, HRA, MISS, DELORA, IA3, BEFT, BITFIT, LN_TUNING, TRAINABLE_TOKENS,
     OFT, BOFT, ROAD, SHIRA, SPARSE, LOKR, FOURIERFT, C3A, HIRA,
-    PREFIX, PROMPT, P_TUNING,
+    PREFIX, PROMPT, MULTITASK_PROMPT, P_TUNING,
     BOTTLENECK, LOREFT, LORA_MOE,
 )  # fmt: skip
 METHODS: Mapping[str, Method] = {method.peft_type: method for method in _ROWS}

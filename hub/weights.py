@@ -158,8 +158,11 @@ def _wrong_dtype(entry: TensorEntry, layout: Layout | None) -> str | None:
 
 def golden_problems(value: Any) -> list[Problem]:
     """Check golden.json by itself."""
-    if not isinstance(value, dict) or set(value) != {"schema_version", "rows"} or value["schema_version"] != 1:
+    known = isinstance(value, dict) and set(value) - {"quantize"} == {"schema_version", "rows"}
+    if not known or value["schema_version"] != 1:
         return [Problem(GOLDEN_ROWS_FILE, None, 'must be {"schema_version": 1, "rows": [...]}')]
+    if value.get("quantize") not in (None, "nf4", "int8"):
+        return [Problem(GOLDEN_ROWS_FILE, "quantize", "must be nf4 or int8, how the base was held, or not be there")]
     rows = value["rows"]
     if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_GOLDEN_ROWS:
         return [Problem(GOLDEN_ROWS_FILE, "rows", f"must be a list of 1 to {MAX_GOLDEN_ROWS} rows")]

@@ -1,6 +1,6 @@
 """What a method must know of a base before any weight is read: its shape, its modules, its tokenizer. No torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +21,16 @@ class Anatomy:
     sliding_window: int | None
     linears: tuple[str, ...]  # full name of every linear module but the output head
     head: str  # full name of the output head
+    widths: Mapping[str, tuple[int, int]]  # inputs and outputs of every linear module, the head among them
+    norms: tuple[str, ...]  # full name of every norm
+    biased: frozenset[str]  # the linear modules and norms that have a bias
+    embedding: str  # full name of the table of tokens
+    tied: bool  # the output head's weight is that table
     conv1d: bool  # the linear modules hold their weight transposed (GPT-2)
     attention_interface: bool
     count_tokens: Callable[[str], int]
+    plain_tokens: Callable[[str], tuple[int, ...]]  # without those that begin or end a text
+    vocabulary: int
 
     @cached_property
     def linear_names(self) -> tuple[str, ...]:

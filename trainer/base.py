@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hub.base import find_base
 from trainer.anatomy import Anatomy
 from trainer.errors import BaseUnfit, DeviceMissing
+from trainer.quantize import Quantize, loading
 
 DEFAULT_MAX_LENGTH: Final = 1024
 NO_REMOTE_CODE: Final = {"trust_remote_code": False}  # left out, transformers asks on the terminal
@@ -33,18 +34,24 @@ class OpenBase:
     stops: frozenset[int]  # tokens at which the base stops when it is served
     ends: frozenset[int]  # tokens that may end a turn: those and every special token
 
-    def load_weights(self, device: torch.device) -> Any:
-        """Load the model in fp32. Raises BaseUnfit where weights are missing, broken or only there as a pickle."""
+    def load_weights(self, device: torch.device, quantize: Quantize | None = None) -> Any:
+        """Load the model in fp32, its Linear modules in few bits where that is asked for.
+
+        Raises BaseUnfit where weights are missing, broken or only there as a pickle.
+        """
+        options: dict[str, Any] = dict(NO_REMOTE_CODE)
+        if quantize is not None:
+            options |= {"quantization_config": loading(quantize), "device_map": str(device)}
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **NO_REMOTE_CODE
+                self.folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise BaseUnfit(f"the weights of base {self.name} cannot be loaded: {error}") from None
         missing = sorted(found["missing_keys"])
         if missing:  # transformers would go on with random values
             raise BaseUnfit(f"base {self.name} lacks {len(missing)} of its tensors, {missing[0]} among them")
-        return model.to(device).eval()
+        return model.eval() if quantize is not None else model.to(device).eval()
 
 
 def open_base(name: str) -> OpenBase:
@@ -70,6 +77,8 @@ def read_anatomy(model: Any, folder: Path, tokenizer: Any) -> Anatomy:
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
     linears = [name for name, module in modules.items() if is_linear(module) and module is not head]
+    norms = [name for name, module in modules.items() if is_norm(module)]
+    adaptable = [*linears, *norms, *(name for name, module in modules.items() if module is head)]
     heads = getattr(config, "num_attention_heads", None)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     hidden = getattr(config, "hidden_size", None)
@@ -88,14 +97,32 @@ def read_anatomy(model: Any, folder: Path, tokenizer: Any) -> Anatomy:
         sliding_window=getattr(config, "sliding_window", None),
         linears=tuple(linears),
         head=next(name for name, module in modules.items() if module is head),
+        widths={name: widths(module) for name, module in modules.items() if is_linear(module)},
+        norms=tuple(norms),
+        biased=frozenset(name for name in adaptable if getattr(modules[name], "bias", None) is not None),
+        embedding=next(name for name, module in modules.items() if module is model.get_input_embeddings()),
+        tied=head.weight is model.get_input_embeddings().weight,
         conv1d=any(type(modules[name]).__name__ == "Conv1D" for name in linears),
         attention_interface=bool(type(model)._can_set_attn_implementation()),
         count_tokens=lambda text: len(tokenizer(text)["input_ids"]),
+        plain_tokens=lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
     )
 
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1
+
+
+def widths(module: Any) -> tuple[int, int]:
+    """Inputs and outputs; a Conv1D holds its weight transposed."""
+    rows, columns = module.weight.shape
+    return (rows, columns) if type(module).__name__ == "Conv1D" else (columns, rows)
 
 
 def uneven_heads(config: Any) -> bool:

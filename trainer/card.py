@@ -10,7 +10,7 @@ tags: [multigraft, {method}]
 ---
 # A {method} adapter of {base}
 
-Trained by `hub train` for {steps} steps of {batch} rows on `{data}` ({rows} rows, `{digest}`).
+Trained by `hub train`{held} for {steps} steps of {batch} rows on `{data}` ({rows} rows, `{digest}`).
 
 | on {eval_rows} held-out rows | this adapter | bare base |
 |---|---|---|
@@ -20,7 +20,7 @@ Trained by `hub train` for {steps} steps of {batch} rows on `{data}` ({rows} row
 `recipe.json` trains it again; `golden.json` lists prompts whose logits `golden.safetensors` holds.
 
 ```
-hub push FOLDER NAME && hub serve --base {base}
+hub push FOLDER NAME && hub serve --base {base}{serve}
 ```
 """
 
@@ -30,8 +30,10 @@ def write_card(recipe: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
     return CARD.format(
         base=recipe["base"],
         method=recipe["method"],
+        held=f" over the base in {recipe['quantize']}" if recipe["quantize"] else "",
         steps=recipe["steps"],
         batch=recipe["batch_size"] * recipe["gradient_accumulation"],
+        serve=f" --quantize {recipe['quantize']}" if recipe["quantize"] else "",
         data=data["path"],
         rows=data["rows"],
         digest=data["digest"],

@@ -25,9 +25,12 @@ COMPLETE: Final = "complete.json"
 KEPT: Final = 2  # the newest may be half-written when the process dies
 
 
-class CheckpointingTrainer(SFTTrainer):
-    """TRL's trainer, with our checkpoints in the place of transformers' and without its model card."""
+class Checkpoints:
+    """What a trainer of transformers does for a checkpoint, ours in the place of its own, and no model card."""
 
+    args: Any
+    state: Any
+    model: Any
     tuner: Tuner  # set before it trains
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -40,15 +43,30 @@ class CheckpointingTrainer(SFTTrainer):
         load_trained(self.tuner.state(self.model), Path(resume_from_checkpoint) / TRAINED)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
         seal(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Never of what a parametrization holds: torch's orthogonal one reads signs off its diagonal, as integers."""
-        return [name for name in super().get_decay_parameter_names(model) if "parametrizations" not in name]
+        found: list[str] = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        return [name for name in found if "parametrizations" not in name]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class CheckpointingTrainer(Checkpoints, SFTTrainer):
+    """TRL's trainer, which computes the output head outside its module, and only where something is learnt.
+
+    What is trained over a quantised base stays in fp32, which TRL would round to bfloat16.
+    """
+
+    def __init__(self, *, model: Any, **options: Any) -> None:
+        whole = {name: value.data for name, value in model.named_parameters() if value.requires_grad}
+        super().__init__(model=model, **options)
+        for name, value in model.named_parameters():
+            if name in whole and value.dtype != whole[name].dtype:
+                value.data = whole[name]
 
 
 def load_trained(wanted: Mapping[str, Any], path: Path) -> None:

@@ -80,6 +80,7 @@ def train_command(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; each method has its own.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Leave out rows of more tokens than this.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Hold the frozen base in nf4 or int8 (QLoRA).")] = None,
     rank: Annotated[int | None, typer.Option(help="lora and its like, loreft: the rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="lora: alpha.")] = None,
     targets: Annotated[
@@ -111,6 +112,7 @@ def train_command(
     fields = {
         "method": method, "base": base, "data": data, "eval_data": eval_data, "steps": steps, "epochs": epochs,
         "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length, "seed": seed,
+        "quantize": quantize,
     }  # fmt: skip
     options = {
         "rank": rank, "alpha": alpha, "targets": targets.split(",") if targets else None,

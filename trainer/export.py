@@ -22,6 +22,7 @@ from trainer.card import write_card
 from trainer.encode import Encoded
 from trainer.evaluate import Collate, Score, evaluate
 from trainer.modules.attach import attach
+from trainer.quantize import Quantize
 
 GOLDEN_ROWS: Final = 4
 GOLDEN_TOKENS: Final = 512  # a longer prompt makes no better witness
@@ -41,8 +42,8 @@ def settle_config(folder: Path, base_name: str) -> None:
     write_json(path, config)
 
 
-def load_adapter(folder: Path, base: OpenBase, device: torch.device) -> Any:
-    return attach(base.load_weights(device), folder)
+def load_adapter(folder: Path, base: OpenBase, device: torch.device, quantize: Quantize | None = None) -> Any:
+    return attach(base.load_weights(device, quantize), folder)
 
 
 def measure(
@@ -68,8 +69,13 @@ def measure(
     }
 
 
-def write_golden(model: Any, folder: Path, base: OpenBase, prompts: Sequence[Sequence[int]]) -> None:
-    """Write a few prompts with the logits at their last position: one prompt at a time, unpadded, fp32."""
+def write_golden(
+    model: Any, folder: Path, base: OpenBase, prompts: Sequence[Sequence[int]], quantize: Quantize | None = None
+) -> None:
+    """Write a few prompts with the logits at their last position: one prompt at a time, unpadded, fp32.
+
+    A server must know when those are of a quantised base, whose error it allows for.
+    """
     rows, tensors = [], {}
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([list(prompt)], device=model.device)
@@ -79,7 +85,8 @@ def write_golden(model: Any, folder: Path, base: OpenBase, prompts: Sequence[Seq
         tensors[f"{i}.logits"] = logits.float().cpu().contiguous()
         rows.append({"prompt": base.tokenizer.decode(list(prompt)), "tokens": len(prompt)})
     save_file(tensors, folder / "golden.safetensors")
-    write_json(folder / "golden.json", {"schema_version": SCHEMA_VERSION, "rows": rows})
+    on = {} if quantize is None else {"quantize": quantize}
+    write_json(folder / "golden.json", {"schema_version": SCHEMA_VERSION, **on, "rows": rows})
 
 
 def golden_prompts(held_out: Sequence[Encoded]) -> list[tuple[int, ...]]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, cat, no_grad
 
 from trainer.encode import Encoded
+from trainer.errors import BaseUnfit
 from trainer.tuner import Batches, PeftTuner
 
 REWRITES: Final = ("pissa", "olora", "corda", "lora_ga")
@@ -46,6 +47,7 @@ class LoraTuner:
         made = get_peft_model(model, config)
         if config.init_lora_weights == "eva":
             _start_eva(made, batches)
+        refuse_empty_rows(made)
         made.first_factors = first_factors(made) if rewrites_the_base(config.init_lora_weights) else {}
         return made
 
@@ -74,6 +76,14 @@ class LoraTuner:
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
+def refuse_empty_rows(model: Any) -> None:
+    """DoRA divides by the length of every row; that of a token that was never trained may be nothing."""
+    for name, value in model.named_parameters():
+        if ".lora_magnitude_vector." in name and not bool(value.all()):
+            module = name.removeprefix("base_model.model.").partition(".lora_magnitude_vector")[0]
+            raise BaseUnfit(f"{module} has rows of zeros, and DoRA divides by their length: leave it out, or dora")
+
+
 def first_factors(model: Any) -> dict[str, Tensor]:
     """A0 and B0 under the names that they have in a file."""
     return {
@@ -84,11 +94,12 @@ def first_factors(model: Any) -> dict[str, Tensor]:
 
 
 def doubled(trained: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A over A0, B beside -B0."""
-    return {
-        name: cat([value, first[name]]) if ".lora_A." in name else cat([value, -first[name]], dim=1)
-        for name, value in trained.items()
+    """A over A0, B beside -B0; what is saved whole stays as it is."""
+    made = {
+        name: cat([trained[name], value]) if ".lora_A." in name else cat([trained[name], -value], dim=1)
+        for name, value in first.items()
     }
+    return {**trained, **made}
 
 
 def _prepare_corda(model: Any, config: Any, batches: Batches) -> None:

@@ -17,8 +17,11 @@ from pydantic import Field, model_validator
 from hub.experts import KINDS
 from trainer.anatomy import Anatomy, names
 from trainer.families.edits import BOTTLENECK, LOREFT
+from trainer.families.full_rank import FULL_RANK
 from trainer.families.linears import LINEARS
 from trainer.families.moe import LORA_MOE
+from trainer.families.parts import PARTS, strangers, token_ids, token_problems
+from trainer.families.rotations import ROTATIONS
 from trainer.families.sparse import DIFF_PRUNING, LT_SFT
 from trainer.method import Method, Options, Plan, unknown_targets
 
@@ -49,7 +52,13 @@ class LoraOptions(Options):
         "lora_ga",
     ] = Field("default", description="where the factors start; the last six are saved as a LoRA of twice the rank")
     targets: tuple[str, ...] | None = Field(
-        None, min_length=1, description="modules to adapt; default: every linear one"
+        None, min_length=1, description="modules to adapt; default: every linear one but the output head"
+    )
+    modules_to_save: tuple[str, ...] | None = Field(
+        None, min_length=1, description="linear modules, head, norms or embedding that are trained and saved whole"
+    )
+    trainable_token_indices: tuple[int | str, ...] | None = Field(
+        None, min_length=1, description="tokens whose rows are trained too: ids, or texts, of which every token counts"
     )
 
     @property
@@ -154,6 +163,8 @@ def lora_config(options: LoraOptions, anatomy: Anatomy) -> Any:
             options.targets or [name for name in anatomy.linear_names if not of_experts(name, anatomy)]
         ),
         fan_in_fan_out=anatomy.conv1d,
+        modules_to_save=sorted(options.modules_to_save) if options.modules_to_save else None,
+        trainable_token_indices=token_ids(options.trainable_token_indices or (), anatomy) or None,
     )
 
 
@@ -167,7 +178,14 @@ def lora_problems(options: LoraOptions, anatomy: Anatomy, plan: Plan) -> list[st
     ] + unknown_targets([name for name in wanted if name not in mistaken], anatomy)
     if anatomy.conv1d and options.init in LINEAR_ONLY:
         problems.append(f"init {options.init} is not for Conv1D modules, which {anatomy.architecture} has")
-    return problems
+    if anatomy.tied and options.init.startswith(REWRITES) and any(names(one, anatomy.head) for one in wanted):
+        problems.append(
+            f"init {options.init} takes its start off the output head's weight, which is the embedding's, too: "
+            "leave the head to another init"
+        )
+    whole = [*anatomy.widths, *anatomy.norms, anatomy.embedding]
+    problems += strangers(options.modules_to_save or (), whole, what="place")
+    return problems + token_problems(options.trainable_token_indices or (), anatomy)
 
 
 def of_experts(target: str, anatomy: Anatomy) -> bool:
@@ -337,6 +355,9 @@ METHODS: Final[Mapping[str, Method]] = {
             PTuningOptions, 1e-3, p_tuning_config, p_tuning_problems,
         ),
         *LINEARS,
+        *ROTATIONS,
+        *FULL_RANK,
+        *PARTS,
         BOTTLENECK,
         LOREFT,
         LT_SFT,

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from trainer.errors import RecipeInvalid
 from trainer.method import Method, Options
 from trainer.methods import METHODS
+from trainer.quantize import Quantize
 
 SCHEMA_VERSION: Final = 1
 DEFAULT_EPOCHS: Final = 3.0
@@ -59,12 +60,18 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     max_length: int | None = Field(None, ge=2)
     gradient_checkpointing: bool = False
+    quantize: Quantize | None = None  # how the frozen base is held while it trains
     eval_fraction: float = Field(0.1, gt=0, lt=1)
     eval_rows: int = Field(200, ge=1)
 
     @property
     def rows_per_step(self) -> int:
         return self.batch_size * self.gradient_accumulation
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def none_is_a_word_of_hub_serve(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @model_validator(mode="before")
     @classmethod

@@ -27,10 +27,13 @@ from trainer.centroids import FEWEST_PROMPTS, Form, form_of, write_centroids
 from trainer.data import Dataset, load_dataset
 from trainer.encode import Encoded, encode_rows
 from trainer.errors import Diverged, Interrupted, MethodUnfit, OutputExists, RecipeChanged
+from trainer.head_loss import trainer_for
 from trainer.method import Plan
 from trainer.order import order
 from trainer.progress import SILENT, Reporter, Step
+from trainer.quantize import quantize_problems
 from trainer.recipe import Recipe, changes, method_of, record
+from trainer.servable import hub_problems
 from trainer.tuner import Batches, Tuner, no_batches
 
 Existing = Literal["refuse", "resume", "overwrite"]
@@ -95,6 +98,7 @@ def train(
     dataset = load_dataset(recipe)
     lesson = prepare(recipe, dataset, base, plan, report)
     settled = settle(recipe, dataset, plan, lesson.steps)
+    check_servable(settled, base)
     start = open_work(work, settled, workshop.existing)
     model = adapted(settled, base, device, lambda: first_batches(settled, lesson, base, device))
     parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
@@ -142,11 +146,20 @@ def plan_of(recipe: Recipe, base: OpenBase) -> Plan:
 
 def check_method(recipe: Recipe, base: OpenBase, plan: Plan) -> None:
     problems = method_of(recipe).problems(recipe.options, base.anatomy, plan)
+    if recipe.quantize is not None:
+        problems += quantize_problems(recipe.method, recipe.options, base.anatomy, recipe.quantize)
     context = base.anatomy.context
     if context is not None and plan.max_length > context:
         problems.append(f"max_length {plan.max_length} is above the base's context of {context} tokens")
     if problems:
         raise MethodUnfit(recipe.method, recipe.base, list(dict.fromkeys(problems)))
+
+
+def check_servable(recipe: Recipe, base: OpenBase) -> None:
+    """Refuse what the hub would not take of the settled recipe."""
+    problems = hub_problems(method_of(recipe).config(recipe.options, base.anatomy), base.folder)
+    if problems:
+        raise MethodUnfit(recipe.method, recipe.base, problems)
 
 
 def prepare(recipe: Recipe, dataset: Dataset, base: OpenBase, plan: Plan, report: Reporter) -> Lesson:
@@ -208,7 +221,7 @@ def open_work(work: Path, recipe: Recipe, existing: Existing) -> Path | None:
 
 def adapted(recipe: Recipe, base: OpenBase, device: torch.device, batches: Batches = no_batches) -> Any:
     """Load the base and put an untrained adapter on it."""
-    model = base.load_weights(device)
+    model = base.load_weights(device, recipe.quantize)
     set_seed(recipe.seed)
     method = method_of(recipe)
     config = method.config(recipe.options, base.anatomy)
@@ -227,8 +240,9 @@ def first_batches(
 
 def summary(recipe: Recipe, lesson: Lesson, parameters: int, device: torch.device, start: Path | None) -> str:
     origin = f"from step {checkpoint.step_of(start)}" if start else "from the start"
+    held = f" in {recipe.quantize}" if recipe.quantize else ""
     return (
-        f"{recipe.method} on {recipe.base}: {parameters:,} parameters, {len(lesson.train)} rows "
+        f"{recipe.method} on {recipe.base}{held}: {parameters:,} parameters, {len(lesson.train)} rows "
         f"({len(lesson.held_out)} held out), {lesson.steps} steps of {recipe.rows_per_step} on {device.type}, {origin}"
     )
 
@@ -247,7 +261,7 @@ def run_steps(
 ) -> None:
     """Run TRL over the lesson, from the checkpoint on. Raises Interrupted, Diverged."""
     tuner = method_of(recipe).tuner()
-    trainer = checkpoint.CheckpointingTrainer(
+    trainer = trainer_for(model)(
         model=model,
         args=arguments(recipe, lesson, work, workshop.checkpoint_steps, device),
         data_collator=lambda items: tuner.collate([lesson.train[item["row"]] for item in items], base.pad),
@@ -364,9 +378,9 @@ def finish(
     staging.mkdir()
     tuner = method_of(recipe).tuner()
     tuner.save(model, staging, recipe.base)
-    loaded = export.load_adapter(staging, base, device)
+    loaded = export.load_adapter(staging, base, device, recipe.quantize)
     metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
-    export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out))
+    export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out), recipe.quantize)
     if method_of(recipe).found_by_prompts:
         with loaded.disable_adapter():
             centred = write_centroids(loaded, staging, base, [row.prompt for row in lesson.train], lesson.form)

@@ -1,8 +1,9 @@
 """Golden rows: a version takes traffic only when it answers as it did when it was made.
 
-The trainer stores a few prompts with the logits that must follow, computed in fp32 on the unquantized base. The
-distance is the root mean square of the difference over the standard deviation of what is expected: a wrong scaling, a
-swapped tensor or another base moves it to the order of one, rounding stays far below the limits here.
+The trainer stores a few prompts with the logits that must follow, computed in fp32 on the base as it was trained over:
+whole, or in few bits, which golden.json then tells. The distance is the root mean square of the difference over the
+standard deviation of what is expected: a wrong scaling, a swapped tensor or another base moves it to the order of one,
+rounding stays far below the limits here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 # fp32 differs between machines in the last bits only; half precision by what its mantissa rounds; a quantized base by
-# its own error (NF4: 9 % of the weights, int8: 1 %), which the adapter was not made on.
+# its own error (NF4: 9 % of the weights, int8: 1 %), on one side or on both.
 LIMITS = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.15}
 QUANTIZED_LIMIT = 0.6
 

@@ -95,6 +95,7 @@ class Artifact:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     golden: tuple[GoldenRow, ...]
+    golden_is_quantized: bool = False  # its logits are those of a base in few bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +179,10 @@ class Source:
         self._check_base(manifest, resolution.label)
         tensors = self._tensors(manifest, WEIGHTS_FILE, resolution.label)
         golden: tuple[GoldenRow, ...] = ()
+        quantized = False
         if manifest.file(GOLDEN_TENSORS_FILE) is not None:
-            golden = self._golden(manifest, resolution.label)
-        return Artifact(manifest.kind, manifest.rank, manifest.config, tensors, golden)
+            golden, quantized = self._golden(manifest, resolution.label)
+        return Artifact(manifest.kind, manifest.rank, manifest.config, tensors, golden, quantized)
 
     def centroids(self, resolution: Resolution) -> Centroids | None:
         """Where the prompts of one version lie, if it tells; reads nothing else of it.
@@ -255,12 +257,15 @@ class Source:
         except SafetensorError as error:
             raise AdapterUnavailable(f"{path} of {label} is no safetensors file: {error}") from error
 
-    def _golden(self, manifest: Manifest, label: str) -> tuple[GoldenRow, ...]:
-        rows = json.loads(_translate(label, self._hub.read, manifest.digest, GOLDEN_ROWS_FILE))["rows"]
+    def _golden(self, manifest: Manifest, label: str) -> tuple[tuple[GoldenRow, ...], bool]:
+        """The rows, and whether their base was in few bits."""
+        told = json.loads(_translate(label, self._hub.read, manifest.digest, GOLDEN_ROWS_FILE))
         tensors = self._tensors(manifest, GOLDEN_TENSORS_FILE, label)
-        return tuple(
-            GoldenRow(tuple(tensors[f"{row}.input_ids"].tolist()), tensors[f"{row}.logits"]) for row in range(len(rows))
+        rows = tuple(
+            GoldenRow(tuple(tensors[f"{row}.input_ids"].tolist()), tensors[f"{row}.logits"])
+            for row in range(len(told["rows"]))
         )
+        return rows, told.get("quantize") is not None
 
     def _hint(self, reference: Reference) -> str:
         """Names like the one that is not there. A list that is a few seconds old does: unknown names come in floods."""

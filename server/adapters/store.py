@@ -152,7 +152,7 @@ class AdapterStore:
         self._target = target
         self._config = config
         self._metrics = metrics
-        self._golden_limit = golden.limit(target.dtype, quantized=quantized)
+        self._quantized = quantized
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._loading: dict[str, tuple[Resolution, asyncio.Task[Resident]]] = {}
         self._joins: OrderedDict[tuple[str, ...], Join] = OrderedDict()  # least recently used first
@@ -627,15 +627,16 @@ class AdapterStore:
         return Resident(resolution, artifact.kind, artifact.rank, graft, lowered.approximation, experts=experts)
 
     async def _replay(self, artifact: Artifact, graft: Graft, experts: Sequence[Resident]) -> None:
+        limit = golden.limit(self._target.dtype, quantized=self._quantized or artifact.golden_is_quantized)
         route = None
         if graft.router is not None:
             route = Route(tuple(Expert(one.graft) for one in experts), graft.router.top_k, 1.0, graft)
         for index, row in enumerate(artifact.golden):
             got = await self._workshop.probe(graft, row.prompt_ids, route=route)
             off = golden.distance(row.logits_V, got)
-            if not off <= self._golden_limit:
+            if not off <= limit:
                 raise AdapterUnavailable(
-                    f"{graft.label}: golden row {index} is off by {off:.3g}, the limit is {self._golden_limit:g}"
+                    f"{graft.label}: golden row {index} is off by {off:.3g}, the limit is {limit:g}"
                 )
 
     async def _make_room(self, wanted: int, label: str) -> None:

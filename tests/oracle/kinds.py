@@ -6,6 +6,7 @@ Linear layers alone stand on the one Linear that a network of Conv1D layers has,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from peft import (
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    MultitaskPromptTuningConfig,
     OFTConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -89,12 +91,14 @@ class Row:
     """`cut` takes back some of what is random: triplets that are masked, rows that training has left alone.
 
     `config` is PEFT's, or for a kind that PEFT lacks what stands in the file but for what follows from `targets`.
+    `task` is the one that an adapter of several tasks answers as, which PEFT is told with every batch.
     """
 
     kind: str
     config: Any
     cut: Callable[[PeftModel], None] | None = None
     targets: tuple[str, ...] = ()
+    task: int | None = None
 
     @property
     def invoked(self) -> bool:
@@ -104,7 +108,7 @@ class Row:
     @property
     def virtual(self) -> bool:
         """Virtual tokens ahead of the sequence, and no change of a Linear."""
-        return self.kind in ("prefix", "prompt", "p-tuning")
+        return self.kind in ("prefix", "prompt", "multitask-prompt", "p-tuning")
 
     @property
     def edits(self) -> bool:
@@ -392,6 +396,7 @@ def rows(architecture: str) -> dict[str, Row]:
             ),
         ),
     }
+    made |= multitask_rows()
     edits = {**edit_configs(), **loreft_configs()}
     made |= {name: Row(config["peft_type"].lower(), config) for name, config in edits.items()}
     made |= token_rows(architecture, table) | sparse_rows(targets) | bias_rows(architecture)
@@ -438,6 +443,20 @@ def bias_rows(architecture: str) -> dict[str, Row]:
     }
 
 
+def multitask_rows() -> dict[str, Row]:
+    """One task, and one of several, by factors of several ranks."""
+
+    def row(task: int | None = None, **options: int) -> Row:
+        config = MultitaskPromptTuningConfig(**options, **COMMON)
+        return Row("multitask-prompt", config, cut=grow_factors, task=task)
+
+    return {
+        "multitask-prompt": row(num_virtual_tokens=4),
+        "multitask-prompt-third-task": row(num_virtual_tokens=6, num_tasks=3, num_ranks=2, task=2),
+        "multitask-prompt-first-task": row(num_virtual_tokens=1, num_tasks=2, num_ranks=5, task=0),
+    }
+
+
 def mixture_rows(architecture: str, linear: str) -> dict[str, Row]:
     """LoRA on the weights that are no Linear's, apart and together; PEFT nests what it wraps on one module."""
 
@@ -481,7 +500,28 @@ def make_adapter(base: TinyBase, row: Row, folder: Path, seed: int) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n")  # which else PEFT renders from a template
     model.eval().save_pretrained(folder)
-    return PeftModel.from_pretrained(base.fresh(), folder).eval()
+    if row.task is not None:
+        config = folder / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "task_id": row.task}))
+    loaded = PeftModel.from_pretrained(base.fresh(), folder).eval()
+    return loaded if row.kind != "multitask-prompt" else told_its_task(loaded, row.task or 0)
+
+
+def grow_factors(model: PeftModel) -> None:
+    """What multiplies the shared prompt, and PEFT starts near zero, becomes of its size."""
+    encoder = model.prompt_encoder["default"]
+    for factor in (encoder.prefix_task_cols, encoder.prefix_task_rows):
+        factor.data *= 5
+
+
+def told_its_task(model: Any, task: int) -> Any:
+    """PEFT wants the task of every row of every batch."""
+
+    def told(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return given[0], torch.full((len(given[0]),), task)
+
+    model.prompt_encoder["default"].register_forward_pre_hook(told)
+    return model
 
 
 def keep_most_rows(model: PeftModel) -> None:

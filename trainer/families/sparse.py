@@ -46,7 +46,12 @@ def shared(options: SparseOptions, anatomy: Anatomy) -> dict[str, Any]:
 
 
 def sparse_problems(options: SparseOptions, anatomy: Anatomy, plan: Plan) -> list[str]:
-    return unknown_targets(options.targets or (), anatomy)
+    head = [
+        f"target {target} is the output head, of which these methods change nothing: try lora or shira"
+        for target in options.targets or ()
+        if names(target, anatomy.head)
+    ]
+    return head + unknown_targets(options.targets or (), anatomy)
 
 
 def sparse_settled(options: SparseOptions, steps: int) -> SparseOptions:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.modules import router
+from trainer.modules.biases import Biases
 from trainer.modules.bottleneck import Bottlenecks
 from trainer.modules.loreft import Interventions
 from trainer.modules.sparse import SparseChanges, loaded_config
@@ -57,6 +58,7 @@ class Family:
 FAMILIES: Final[Mapping[str, Family]] = {
     "BOTTLENECK": Family(Bottlenecks),
     "LOREFT": Family(Interventions),
+    "BITFIT": Family(Biases),
     "SPARSE": Family(SparseChanges, loaded_config),
     "LORA_MOE": Family(router.build),
 }

@@ -1,8 +1,9 @@
-"""Virtual tokens: prefix tuning becomes a prefix at once, prompt tuning and P-tuning after one run through the base.
+"""Virtual tokens: prefix tuning becomes a prefix at once, soft prompts of any kind after one run through the base.
 
-V virtual tokens, L layers, KH KV heads, D head dimension, E embedding size, F the features of one layer's keys.
+V virtual tokens, L layers, KH KV heads, D head dimension, E embedding size, F the features of one layer's keys,
+N tasks, R rank of a task's factors.
 Source: Li and Liang 2021 (arXiv:2101.00190); Lester et al. 2021 (arXiv:2104.08691); Liu et al. 2021 (arXiv:2103.10385);
-peft 0.21.2, peft_model.py get_prompt.
+Wang et al. 2023 (arXiv:2303.02861); peft 0.21.2, peft_model.py get_prompt, tuners/multitask_prompt_tuning/model.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from server.adapters.lowering.linears import expect
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
 from server.primitives.prefix import LayerShape, Prefix
+
+COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
 def lower_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> Lowered:
@@ -36,6 +39,25 @@ def lower_soft_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     table = _prompt_embeddings(config, tensors, target)
     expect("soft prompt", "prompt_embeddings", table, (table.shape[0], target.hidden_size))
     return Lowered(soft_prompt_VE=target.place(table))
+
+
+def lower_multitask_prompt(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> Lowered:
+    """Multitask prompt tuning: the shared embeddings, times the low-rank matrix of one task, element by element."""
+    factors = {name: tensors[name] for name in (COLUMNS, ROWS) if name in tensors}
+    table = _prompt_embeddings(config, {name: one for name, one in tensors.items() if name not in factors}, target)
+    if len(factors) < 2:
+        raise AdapterIncompatible(f"it lacks {COLUMNS if COLUMNS not in factors else ROWS}")
+    tasks, ranks = int(config.get("num_tasks", 1)), int(config.get("num_ranks", 1))
+    task = config.get("task_id")
+    if task is None and tasks > 1:
+        raise AdapterIncompatible(f"task_id is missing: the file holds {tasks} tasks")
+    if not 0 <= (task or 0) < tasks:
+        raise AdapterIncompatible(f"task_id {task} is not among the {tasks} tasks, which are numbered from 0")
+    expect("soft prompt", "prompt_embeddings", table, (table.shape[0], target.hidden_size))
+    expect("soft prompt", COLUMNS, factors[COLUMNS], (tasks, table.shape[0], ranks))
+    expect("soft prompt", ROWS, factors[ROWS], (tasks, ranks, target.hidden_size))
+    columns_VR, rows_RE = (factors[name][task or 0].float() for name in (COLUMNS, ROWS))
+    return Lowered(soft_prompt_VE=target.place(table.float() * (columns_VR @ rows_RE)))
 
 
 def _prompt_embeddings(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target) -> Tensor:

@@ -21,7 +21,7 @@ from server.adapters.lowering.ln_tuning import lower_ln_tuning
 from server.adapters.lowering.lora import lower_lora
 from server.adapters.lowering.lora_moe import lower_lora_moe
 from server.adapters.lowering.loreft import lower_loreft
-from server.adapters.lowering.prompts import lower_prefix, lower_soft_prompt
+from server.adapters.lowering.prompts import lower_multitask_prompt, lower_prefix, lower_soft_prompt
 from server.adapters.lowering.sparse import lower_sparse
 from server.adapters.lowering.target import Lowered, Lowering, Target
 from server.adapters.lowering.trainable_tokens import lower_trainable_tokens
@@ -41,6 +41,7 @@ OWN: Mapping[str, Lowering] = {
     "trainable-tokens": lower_trainable_tokens,
     "prefix": lower_prefix,
     "prompt": lower_soft_prompt,
+    "multitask-prompt": lower_multitask_prompt,
     "p-tuning": lower_soft_prompt,
     "lora-moe": lower_lora_moe,
     "bottleneck": lower_bottleneck,

@@ -72,6 +72,7 @@ def configs(family: str, targets: tuple[str, str]) -> dict[str, Any]:
             num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, **task
         ),
         "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, **task),
+        "multitask-prompt": peft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_ranks=2, **task),
         "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, **task),
     }
     if family != "gpt2":  # PEFT cannot put these on Conv1D

@@ -78,6 +78,41 @@ def test_virtual_tokens_give_their_manifest(tmp_path: Path, base: Path, kind: st
     assert (manifest.kind, manifest.virtual_tokens, manifest.rank) == (kind, 5, None)
 
 
+def write_multitask(folder: Path, base: Path, tasks: int = 3, **changes: Any) -> Path:
+    write_prompt(folder, base, kind="MULTITASK_PROMPT_TUNING", tokens=5, num_tasks=tasks, num_ranks=2, **changes)
+    hidden = json.loads((base / "config.json").read_text())["hidden_size"]
+    factors = {"prefix_task_cols": (tasks, 5, 2), "prefix_task_rows": (tasks, 2, hidden)}
+    shapes = {"prompt_embeddings": (5, hidden), **factors}
+    save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, folder / WEIGHTS)
+    return folder
+
+
+def test_a_multitask_prompt_answers_as_one_task(tmp_path: Path, base: Path) -> None:
+    versions = [validate(write_multitask(tmp_path / "a", base, task_id=task)) for task in (0, 2)]
+    assert {(one.kind, one.virtual_tokens) for one in versions} == {("multitask-prompt", 5)}
+    assert versions[0].digest != versions[1].digest
+    assert validate(write_multitask(tmp_path / "a", base, tasks=1)).config["num_ranks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "task_id: is missing: the file holds 3 tasks and an adapter answers as one; write the number of the task"),
+        ({"task_id": 3}, "task_id: 3 is not among the 3 tasks, which are numbered from 0"),
+        ({"task_id": "1"}, "task_id: must be a whole number, not 1"),
+        ({"task_id": 0, "num_tasks": 0}, "num_tasks: must be a whole number above 0, not 0"),
+        ({"task_id": 0, "num_ranks": 3}, "prefix_task_cols: has shape (3, 5, 2), but the config and the base demand"),
+    ],
+)
+def test_a_multitask_prompt_of_no_task_is_refused(
+    changes: dict[str, Any], reason: str, tmp_path: Path, base: Path
+) -> None:
+    folder = write_multitask(tmp_path / "a", base)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+    assert reason in problems(folder)
+
+
 def test_an_ia3_adapter_gives_its_manifest(tmp_path: Path, base: Path) -> None:
     assert validate(write_ia3(tmp_path / "a", base)).kind == "ia3"
 
@@ -346,6 +381,14 @@ def test_golden_rows_of_a_wrong_form_are_refused(adapter: Path, rows: Any) -> No
     write_golden(adapter)
     (adapter / "golden.json").write_text(json.dumps({"schema_version": 1, "rows": rows}))
     assert "golden.json" in problems(adapter)
+
+
+def test_golden_rows_may_tell_how_their_base_was_held(adapter: Path) -> None:
+    told = json.loads((write_golden(adapter) / "golden.json").read_text())
+    (adapter / "golden.json").write_text(json.dumps({**told, "quantize": "nf4"}))
+    validate(adapter)
+    (adapter / "golden.json").write_text(json.dumps({**told, "quantize": "fp4"}))
+    assert problems(adapter).startswith("golden.json: quantize: must be nf4 or int8")
 
 
 def test_golden_files_come_in_pairs(adapter: Path) -> None:

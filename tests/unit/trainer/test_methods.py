@@ -13,7 +13,7 @@ from trainer.errors import BaseUnfit, DeviceMissing, MethodUnfit
 from trainer.method import Plan
 from trainer.methods import METHODS, Ia3Options, LoraOptions, PromptOptions
 from trainer.recipe import Recipe, parse_recipe
-from trainer.train import check_method, plan_of
+from trainer.train import check_method, check_servable, plan_of
 
 MakeBase = Callable[..., Path]
 
@@ -29,11 +29,15 @@ def refusal(wanted: Recipe) -> str:
     return str(caught.value)
 
 
-NEEDED: dict[str, dict[str, Any]] = {"lora-moe": {"experts": ["a@1", "b@2"]}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "lora-moe": {"experts": ["a@1", "b@2"]},
+    "trainable-tokens": {"tokens": ["<|assistant|>"]},
+}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "bitfit"])
 def test_every_method_fits_the_shipped_base(method: str) -> None:
+    """But for the one that trains biases, which it has not."""
     base = open_base("seedling")
     needed = NEEDED.get(method, {})
     plan = plan_of(recipe(method, "seedling", options=needed), base)
@@ -49,8 +53,57 @@ def test_a_target_that_the_base_lacks_is_named_with_the_nearest(method: str, tin
     assert "(nearest: q_proj); its linear modules: down_proj, gate_proj" in says
 
 
-def test_the_output_head_is_no_target(tiny_base: Path) -> None:
-    assert "lm_head is the output head" in refusal(recipe("lora", tiny_base, options={"targets": ["lm_head"]}))
+def test_the_output_head_is_no_target_of_methods_that_never_look_there(tiny_base: Path) -> None:
+    says = refusal(recipe("lt-sft", tiny_base, options={"targets": ["lm_head"]}))
+    assert "target lm_head is the output head, of which these methods change nothing" in says
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("bitfit", {}, "LlamaForCausalLM has no biases here: try beft"),
+        ("ln-tuning", {"targets": ["input_layrnorm"]}, "has no norm in the base (nearest: input_layernorm)"),
+        ("trainable-tokens", {"tokens": [261]}, "token 261 is not in the base's vocabulary, which has 261, from 0 on"),
+        ("trainable-tokens", {"tokens": ["a", ""]}, "the text '' has no tokens"),
+        ("oft", {"targets": ["q_prj"]}, "target q_prj is not in the base (nearest: q_proj)"),
+    ],
+)
+def test_what_a_method_cannot_train_on_this_base_is_named(
+    method: str, options: dict[str, Any], says: str, tiny_base: Path
+) -> None:
+    assert says in refusal(recipe(method, tiny_base, options=options))
+
+
+def test_biases_that_are_not_there_are_named(make_base: MakeBase) -> None:
+    base = make_base(model_type="phi", num_key_value_heads=4)
+    says = refusal(recipe("bitfit", base, options={"targets": ["lm_head", "embed_tokens"]}))
+    assert "target embed_tokens has no bias in the base; these have: dense, fc1, fc2" in says
+    assert "target lm_head" not in says
+
+
+@pytest.mark.parametrize("method", ["oft", "boft", "road", "shira", "lokr", "c3a"])
+def test_what_peft_cannot_put_on_conv1d_is_refused(method: str, make_base: MakeBase) -> None:
+    base = make_base(model_type="gpt2", n_embd=32, n_layer=1, n_head=4, num_key_value_heads=4)
+    assert "has Conv1D modules, on which PEFT has no such adapter" in refusal(recipe(method, base))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "says"),
+    [
+        ("boft", {"block_size": 5}, "boft_block_size 5 does not divide the"),
+        ("road", {"group_size": 12}, "group_size 12 does not divide the"),
+        ("shira", {"rank": 12}, "r 12 makes 576 entries, above the 512 weights of"),
+        ("fourierft", {"frequencies": 513}, "n_frequency 513 is above the 512 weights of"),
+        ("c3a", {"block_size": 12}, "block_size 12 does not divide the 48 inputs and 32 outputs"),
+    ],
+)
+def test_what_the_hub_would_not_take_is_refused_before_it_is_trained(
+    method: str, options: dict[str, Any], says: str, tiny_base: Path
+) -> None:
+    base = open_base(str(tiny_base))
+    with pytest.raises(MethodUnfit) as caught:
+        check_servable(recipe(method, tiny_base, options=options), base)
+    assert says in str(caught.value)
 
 
 def test_a_target_may_be_the_last_parts_of_a_name(tiny_base: Path) -> None:

@@ -63,8 +63,8 @@ def test_every_problem_is_told_at_once() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_record_read_back_is_the_recipe(method: str, tmp_path: Path) -> None:
-    needed = {"experts": ["a@1", "b@2"]} if method == "lora-moe" else {}
-    recipe = parse_recipe({**LEAST, "method": method, "options": needed}, "test")
+    needed = {"lora-moe": {"experts": ["a@1", "b@2"]}, "trainable-tokens": {"tokens": ["a", 7, "7"]}}
+    recipe = parse_recipe({**LEAST, "method": method, "options": needed.get(method, {})}, "test")
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(record(recipe, {"peft": "1"})))
     assert parse_recipe(read_fields(path), "test") == recipe

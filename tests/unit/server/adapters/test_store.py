@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -310,6 +311,23 @@ def test_every_kind_goes_from_the_hub_through_its_golden_rows_into_service(
             assert (await server.ask(PROMPT, ("good", 1.0)))[0] != (await server.ask(PROMPT))[0]
             assert server.store.resident()[0].kind == ("lora" if kind in ("dora", "alora") else kind)
             assert "golden row 0 is off by" in (await refused(server, ("bad", 1.0))).message
+
+    run(work())
+
+
+def test_golden_rows_of_a_base_in_few_bits_are_held_to_the_error_of_such_a_base(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], base: Path, tmp_path: Path
+) -> None:
+    for name, spoil in (("good", 0.1), ("bad", 1.0)):
+        folder = golden(set_tensor(adapter("lora", 1), tmp_path / name, lambda tensors: None), base, spoil=spoil)
+        told = json.loads((folder / "golden.json").read_text())
+        (folder / "golden.json").write_text(json.dumps({**told, "quantize": "nf4"}))
+        hub.push(folder, name)
+
+    async def work() -> None:
+        async with rig() as server:
+            assert (await server.ask(PROMPT, ("good", 1.0)))[0] != (await server.ask(PROMPT))[0]
+            assert "the limit is 0.6" in (await refused(server, ("bad", 1.0))).message
 
     run(work())
 
