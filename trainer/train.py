@@ -364,6 +364,8 @@ def finish(
     staging.mkdir()
     tuner = method_of(recipe).tuner()
     tuner.save(model, staging, recipe.base)
+    written = record(recipe, library_versions())
+    method_of(recipe).beside(export.Finishing(staging, base, lesson.held_out, written, device))
     loaded = export.load_adapter(staging, base, device)
     metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
     export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out))
@@ -371,7 +373,7 @@ def finish(
         centred = write_centroids(loaded, staging, base, [row.prompt for row in lesson.train], lesson.form)
     if not centred:
         report.note(f"fewer than {FEWEST_PROMPTS} different prompts: no centroids, so model auto will not choose it")
-    export.write_records(staging, record(recipe, library_versions()), metrics)
+    export.write_records(staging, written, metrics)
     export.publish(staging, out)
     shutil.rmtree(work)
     return metrics
