@@ -3,7 +3,8 @@
 Every write is one transaction that takes the write lock first, so what it reads cannot change before it commits, and a
 kill at any instant leaves the state before it or the state after it. Nothing here touches a blob.
 Laws: versions are dense per name; one live version per name and digest; an alias always points to a live version; event
-numbers only grow; a blob that a live version or an unexpired lease names is never given to be freed.
+numbers only grow; what a live version pins is live itself and cannot be removed; a blob that a live version, what it
+pins or an unexpired lease names is never given to be freed.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from sqlalchemy.engine import Connection, Engine, Row
 from hub.contract import LATEST, Adapter, Event, EventKind, Pushed, Resolved, Version, places
 from hub.errors import AliasMoved, BadReference, InUse, NotFound
 from hub.ref import Reference, printable
-from hub.schema import aliases, events, files, leases, manifests, reading, versions, writing
+from hub.schema import aliases, events, files, leases, manifests, pins, reading, versions, writing
 from hub.strict_json import canonical
 
 if TYPE_CHECKING:
     from hub.manifest import Manifest
+    from hub.pins import Pin
 
 _LIVE = versions.c.removed_at.is_(None)
+_SHOWN_ROUTERS = 5
 
 
 class LeaseLost(Exception):
@@ -33,6 +36,10 @@ class LeaseLost(Exception):
 
 class OtherBase(Exception):
     """The same bytes were pushed against a base of another shape or tokenizer; the message tells both."""
+
+
+class PinLost(Exception):
+    """What a push pins was removed while it ran; the message tells what."""
 
 
 class By(NamedTuple):
@@ -61,10 +68,12 @@ class Catalogue:
         with writing(self._engine) as connection:
             connection.execute(leases.delete().where(leases.c.lease == lease))
 
-    def commit(self, lease: str, manifest: Manifest, *, name: str, moved: Sequence[str], by: By) -> Pushed:
+    def commit(
+        self, lease: str, manifest: Manifest, *, name: str, moved: Sequence[str], pinned: Sequence[Pin], by: By
+    ) -> Pushed:
         """Manifest, version and aliases in one step, and the lease is over.
 
-        Raises: LeaseLost; OtherBase.
+        Raises: LeaseLost; OtherBase; PinLost.
         """
         blobs = {entry.sha256 for entry in manifest.files}
         with writing(self._engine) as connection:
@@ -72,7 +81,8 @@ class Catalogue:
             if connection.scalar(held) != len(blobs):
                 raise LeaseLost
             connection.execute(leases.delete().where(leases.c.lease == lease))
-            self._record(connection, manifest)
+            self._check_live(connection, pinned)
+            self._record(connection, manifest, pinned)
             live = sa.select(versions.c.version).where(
                 versions.c.name == name, versions.c.digest == manifest.digest, _LIVE
             )
@@ -90,7 +100,9 @@ class Catalogue:
         count = total = 0
         with writing(self._engine) as connection:
             connection.execute(leases.delete().where(leases.c.expires_at < self._clock()))
-            alive = sa.select(versions.c.digest).where(_LIVE)
+            live = sa.select(versions.c.digest).where(_LIVE)
+            alive = live.union(sa.select(pins.c.pinned).where(pins.c.digest.in_(live)))
+            connection.execute(pins.delete().where(pins.c.digest.not_in(alive)))
             connection.execute(files.delete().where(files.c.digest.not_in(alive)))
             connection.execute(manifests.delete().where(manifests.c.digest.not_in(alive)))
             needed = set(connection.scalars(sa.select(files.c.sha256).union(sa.select(leases.c.sha256))))
@@ -132,8 +144,8 @@ class Catalogue:
             assert event is not None, "two neighbouring places of an alias are never the same"
             return event
 
-    def remove(self, name: str, version: int, *, by: By) -> Event:
-        """Raises: NotFound, InUse."""
+    def remove(self, name: str, version: int, *, by: By, sees: Callable[[str], bool]) -> Event:
+        """A refusal names only adapters that `sees` allows. Raises: NotFound, InUse."""
         with writing(self._engine) as connection:
             digest = self._live_digest(connection, name, version)
             pointing = connection.scalars(
@@ -147,6 +159,7 @@ class Catalogue:
                     f"{name}@{version} is in use: {', '.join(holding)} {'points' if len(holding) == 1 else 'point'} "
                     f"there; move it first: hub alias {name}@VERSION {holding[0]}"
                 )
+            self._refuse_pinned(connection, name, version=version, digest=digest, sees=sees)
             connection.execute(aliases.delete().where(aliases.c.name == name, aliases.c.version == version))
             connection.execute(
                 versions.update()
@@ -226,7 +239,29 @@ class Catalogue:
         with reading(self._engine) as connection:
             return connection.scalar(sa.select(sa.func.max(events.c.seq))) or 0
 
-    def _record(self, connection: Connection, manifest: Manifest) -> None:
+    def _check_live(self, connection: Connection, pinned: Sequence[Pin]) -> None:
+        for pin in pinned:
+            here = versions.c.name == pin.name, versions.c.digest == pin.digest
+            if connection.scalar(sa.select(versions.c.version).where(*here, _LIVE)) is None:
+                raise PinLost(f"{pin} is no live version here")
+
+    def _refuse_pinned(
+        self, connection: Connection, name: str, *, version: int, digest: str, sees: Callable[[str], bool]
+    ) -> None:
+        """Raises: InUse while a live version pins this one."""
+        pinning = (
+            sa.select(versions.c.name, versions.c.version)
+            .join(pins, pins.c.digest == versions.c.digest)
+            .where(pins.c.name == name, pins.c.pinned == digest, _LIVE)
+            .order_by(versions.c.name, versions.c.version)
+        )
+        holders = connection.execute(pinning).all()
+        if holders:
+            raise InUse(
+                f"{name}@{version} is in use: {_held([f'{h.name}@{h.version}' for h in holders if sees(h.name)])}"
+            )
+
+    def _record(self, connection: Connection, manifest: Manifest, pinned: Sequence[Pin]) -> None:
         digest, base = manifest.digest, manifest.base
         known = connection.execute(sa.select(manifests).where(manifests.c.digest == digest)).first()
         if known is not None:
@@ -241,6 +276,8 @@ class Catalogue:
         connection.execute(manifests.insert().values(**row, base=base.name, fingerprint=base.fingerprint))
         rows = [{"digest": digest, "path": entry.path, "sha256": entry.sha256} for entry in manifest.files]
         connection.execute(files.insert(), rows)
+        for pin in pinned:
+            connection.execute(pins.insert().values(digest=digest, name=pin.name, pinned=pin.digest))
 
     def _add_version(self, connection: Connection, name: str, *, digest: str, by: By) -> int:
         """Removed versions keep their row, so the largest number ever given is still there."""
@@ -294,8 +331,11 @@ class Catalogue:
 
     def _by_digest(self, connection: Connection, reference: Reference) -> Resolved:
         name, digest = reference.name, str(reference.digest)
-        fits = sa.select(versions).where(versions.c.name == name, versions.c.digest.startswith(digest), _LIVE)
-        rows = connection.execute(fits.order_by(versions.c.version)).all()
+        fits = sa.select(versions).where(versions.c.name == name, versions.c.digest.startswith(digest))
+        found = connection.execute(fits.order_by(versions.c.version)).all()
+        rows = [row for row in found if row.removed_at is None]
+        if not rows and found:
+            raise NotFound(f"{name}@{found[-1].version}, {digest}, was removed on {found[-1].removed_at[:10]}")
         if not rows:
             if self._last_version(connection, name) is None:
                 raise NotFound(f"there is no adapter {name}")
@@ -343,6 +383,18 @@ def _fits(name: sa.ColumnElement[str], pattern: str | None) -> sa.ColumnElement[
 
 def _place(version: int | None) -> str:
     return "no version" if version is None else f"version {version}"
+
+
+def _held(routers: Sequence[str]) -> str:
+    """Who pins a version, and what to do about it."""
+    if not routers:
+        return "routers under names that you do not see pin it as their expert"
+    shown = ", ".join(routers[:_SHOWN_ROUTERS])
+    more = len(routers) - _SHOWN_ROUTERS
+    named = (
+        f"router {shown} pins" if len(routers) == 1 else f"routers {shown}{f' and {more} more' if more > 0 else ''} pin"
+    )
+    return f"{named} it as expert; remove {'that' if len(routers) == 1 else 'those'} first: hub rm {routers[0]}"
 
 
 def _version(row: Row[Any]) -> Version:

@@ -215,6 +215,8 @@ def ls(
 @app.command()
 def show(ref: Ref, as_json: AsJson = False) -> None:
     """Show one version: digest, base, shapes, metrics, lineage, files."""
+    from hub.fidelity import deviation, served_exactly
+
     hub = open_hub()
     resolved = hub.resolve(parse_reference(ref))
     manifest = hub.manifest(resolved.digest)
@@ -223,6 +225,7 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
     pointing = sorted(alias for alias, target in adapter.aliases.items() if target == resolved.version)
     if as_json:
         pushed = {"at": version.at, "by": version.actor, "note": version.note}
+        off = deviation(manifest)
         print_json(
             {
                 "name": resolved.name,
@@ -230,6 +233,8 @@ def show(ref: Ref, as_json: AsJson = False) -> None:
                 "digest": resolved.digest,
                 "aliases": pointing,
                 "pushed": pushed,
+                "served_exactly": served_exactly(manifest.kind),
+                "deviation": None if off is None else dataclasses.asdict(off),
                 "manifest": manifest.model_dump(mode="json"),
             }
         )
@@ -301,7 +306,7 @@ def rm(
     note: Note = "",
     as_json: AsJson = False,
 ) -> None:
-    """Remove a version; refused while an alias points there. Its number is never used again."""
+    """Remove a version; refused while an alias points there or a router needs it. Its number is never used again."""
     reference = parse_reference(ref)
     if reference.version is None and reference.digest is None:
         raise BadReference(f"{ref} names no version to remove; write {reference.name}@VERSION")

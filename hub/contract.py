@@ -1,7 +1,8 @@
 """What a hub is, wherever it lies: push, resolve, fetch, move, watch. One test suite runs over every implementation.
 
 Laws: versions of a name are 1, 2, 3 ... without holes, and never come back once removed; the same bytes under a name
-are one version; an alias moves only by compare-and-set, and every move is an event; a digest never changes its meaning.
+are one version; an alias moves only by compare-and-set, and every move is an event; a digest never changes its meaning;
+a router's experts are there as long as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from hub.kind import Kind
 from hub.ref import Reference
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Version:
 
     version: int
     digest: str
-    kind: Kind
+    kind: str
     bytes: int
     base: str
     fingerprint: str
@@ -168,7 +168,7 @@ class Hub(HubReader, Protocol):
     ) -> Pushed:
         """Validate and store a folder as the next version; `latest` and the aliases then point to it.
 
-        Raises: Refused, BadReference, NotFound.
+        Raises: Refused (also when a router's experts are not here), BadReference, NotFound.
         """
         ...
 
@@ -210,7 +210,8 @@ class Hub(HubReader, Protocol):
     def remove(self, name: str, version: int, *, note: str = "") -> Event:
         """Take a version away; its number is never used again.
 
-        Raises: NotFound; InUse while an alias points to it (but the last version of a name goes with its `latest`).
+        Raises: NotFound; InUse while an alias points to it (but the last version of a name goes with its `latest`), or
+        while a live router has it as an expert.
         """
         ...
 

@@ -4,6 +4,7 @@ HubError
 ├── BadReference        400   text that the grammar of references, names, aliases or mixtures does not allow
 ├── Refused             400   an adapter folder with problems; carries every one of them
 ├── BadTensors          400   a safetensors file whose header cannot be trusted; carries every reason
+├── TensorsUnusable     400   tensors of the right shapes whose values mean no adapter
 ├── BadUpload           400   bytes that are not what the upload said they would be
 ├── BadRequest          400   a request over the network that is not what the route takes
 ├── BaseUnusable        400   a base model that is there but whose shapes cannot be read
@@ -13,7 +14,7 @@ HubError
 ├── BaseNotFound        404   no such base model, embedded, on disk or in the Hugging Face cache
 ├── UploadGone          404   an upload that nobody began, or that has expired
 ├── AliasMoved          409   compare-and-set lost: the alias is not where the caller believed
-├── InUse               409   a version that an alias still points to
+├── InUse               409   a version that an alias still points to, or that a router has as an expert
 ├── WouldOverwrite      409   a folder that holds something else than what would be written there
 ├── UploadBusy          409   a piece that does not go on where the upload is, or that another process is sending now
 ├── LogLost             409   a watcher has seen more events than the hub has: it was put back to an older state
@@ -82,6 +83,12 @@ class BadTensors(HubError):
 
     def __str__(self) -> str:
         return "; ".join(reason if name is None else f"{name}: {reason}" for name, reason in self.reasons)
+
+
+class TensorsUnusable(HubError):
+    """Raised where the values are read: by a kind in a server, not at push."""
+
+    status = 400
 
 
 class BadUpload(HubError):

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from hub.base import Base
 from hub.digest import DIGEST, SHA256, adapter_digest
 from hub.errors import Corrupt
-from hub.kind import Kind
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,6 +27,8 @@ MANIFEST_FILE = "manifest.json"
 
 # A flat name: no separator can stand in it, and no dot can start it.
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\z")]
+# Any: which kinds there are is written in `hub.methods` alone, and a newer hub may hold one that is unknown here.
+KindName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}\z")]
 Sha256 = Annotated[str, StringConstraints(pattern=rf"^{SHA256}\z")]
 Digest = Annotated[str, StringConstraints(pattern=rf"^{DIGEST}\z")]
 
@@ -46,14 +47,15 @@ class Manifest(BaseModel):
     """Everything that a server or a person asks of an adapter before its weights are read.
 
     Units: `bytes` is the size of the weights file; `parameters` counts its values.
-    `targets` are the last parts of the adapted modules' names; empty for virtual tokens.
+    `targets` are the last parts of the adapted modules' names; empty for virtual tokens. `exact`: whether a
+    server adds what is stored; whether that is exactly what it was made of is another question (`hub.fidelity`).
     """
 
     model_config = ConfigDict(frozen=True, defer_build=True, extra="forbid")
 
     schema_version: Literal[1] = 1
     digest: Digest
-    kind: Kind
+    kind: KindName
     base: Base
     config: dict[str, Any]
     files: tuple[FileEntry, ...]

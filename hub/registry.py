@@ -14,13 +14,14 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import platformdirs
 
 from hub.blobs import BlobStore, DirectoryBlobs, open_blob
-from hub.catalog import By, Catalogue, LeaseLost, OtherBase
+from hub.catalog import By, Catalogue, LeaseLost, OtherBase, PinLost
 from hub.contract import (
     LATEST,
     Adapter,
@@ -42,12 +43,22 @@ if TYPE_CHECKING:
     from hub.base import Base, Modules
     from hub.manifest import FileEntry, Manifest
     from hub.methods import Limits
+    from hub.pins import Pin
 
 HOME_VARIABLE = "MULTIGRAFT_HOME"
 LEASE_S = 3600.0
 WATCH_S = 0.1  # between two looks at a log that has nothing new
 MAX_NOTE = 2000
 _TRIES = 3
+
+
+# Which names whoever asks may know of.
+Sees = Callable[[str], bool]
+
+
+def everything(name: str) -> bool:
+    """Nobody is kept from anything in a hub of this machine."""
+    return True
 
 
 def default_home() -> Path:
@@ -99,6 +110,7 @@ class LocalHub:
 
         by = _by(actor, note)
         manifest = validate(folder, base=base, limits=self._limits)
+        self._check_pins(manifest, printable(folder.name), sees=everything)
         for _ in range(_TRIES):
             try:
                 return self._store(folder, manifest, name=name, moved=aliases, by=by)
@@ -116,9 +128,11 @@ class LocalHub:
         aliases: Sequence[str] = (),
         note: str = "",
         actor: str | None = None,
+        sees: Sees = everything,
     ) -> Pushed:
         """What `push` does, for files that came by an upload, on a base that its sender describes.
 
+        Adapters under names that the sender may not see cannot be pinned: to it they do not exist.
         Raises: UploadGone, BadUpload, Refused, BadReference.
         """
         from hub.validate import validate_kept
@@ -138,6 +152,7 @@ class LocalHub:
             if {(entry.path, entry.sha256) for entry in manifest.files} != {(part.path, part.sha256) for part in parts}:
                 problem = Problem("adapter_config.json", None, "was not sent in its canonical form")
                 raise Refused(name, [problem])
+            self._check_pins(manifest, name, sees=sees)
             pushed = self._commit(upload, manifest, name=name, moved=aliases, by=by)
         except Refused:
             self.uploads.end(upload)  # nothing else can come of it: the next collection frees what it brought
@@ -197,8 +212,10 @@ class LocalHub:
         by = _by(actor, note)
         return self._catalogue.rollback(check_name(name), check_alias(alias), by=by)
 
-    def remove(self, name: str, version: int, *, actor: str | None = None, note: str = "") -> Event:
-        return self._catalogue.remove(check_name(name), version, by=_by(actor, note))
+    def remove(
+        self, name: str, version: int, *, actor: str | None = None, note: str = "", sees: Sees = everything
+    ) -> Event:
+        return self._catalogue.remove(check_name(name), version, by=_by(actor, note), sees=sees)
 
     def collect(self) -> Collected:
         count, total = self._catalogue.collect(self._blobs.stored(), self._blobs.delete)
@@ -250,13 +267,13 @@ class LocalHub:
     def _store(self, folder: Path, manifest: Manifest, *, name: str, moved: Sequence[str], by: By) -> Pushed:
         lease = uuid.uuid4().hex
         self._catalogue.lease(lease, {entry.sha256 for entry in manifest.files}, lease_s=self._lease_s)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._catalogue.release, lease)
             for entry in manifest.files:
                 self._put(folder, manifest, entry=entry)
-            return self._commit(lease, manifest, name=name, moved=moved, by=by)
-        except BaseException:
-            self._catalogue.release(lease)
-            raise
+            pushed = self._commit(lease, manifest, name=name, moved=moved, by=by)
+            undo.pop_all()  # the commit has ended the lease
+            return pushed
 
     def _put(self, folder: Path, manifest: Manifest, *, entry: FileEntry) -> None:
         from hub.validate import open_kept
@@ -269,12 +286,39 @@ class LocalHub:
         except OSError as error:
             raise HubUnavailable(f"{entry.path} could not be stored: {error.strerror}") from error
 
-    def _commit(self, lease: str, manifest: Manifest, *, name: str, moved: Sequence[str], by: By) -> Pushed:
+    def _check_pins(self, manifest: Manifest, what: str, *, sees: Sees) -> None:
+        """Raises: Refused with every adapter that cannot be pinned."""
+        from hub.pins import PINNING_FIELD, pins_of
+
+        reasons = [(pin, self._why_not_pinned(pin, manifest, sees=sees)) for pin in pins_of(manifest.config)]
+        problems = [
+            Problem("adapter_config.json", PINNING_FIELD, f"{pin} {reason}") for pin, reason in reasons if reason
+        ]
+        if problems:
+            raise Refused(what, problems)
+
+    def _why_not_pinned(self, pin: Pin, router: Manifest, *, sees: Sees) -> str | None:
+        from hub.pins import why_no_expert
+
         try:
-            return self._catalogue.commit(lease, manifest, name=name, moved=moved, by=by)
+            if not sees(pin.name):
+                raise NotFound(f"there is no adapter {pin.name}")
+            found = self.resolve(Reference(pin.name, pin.digest))
+        except NotFound as error:
+            return f"is not in this hub ({error}); push that expert first"
+        return why_no_expert(self.manifest(found.digest), router)
+
+    def _commit(self, lease: str, manifest: Manifest, *, name: str, moved: Sequence[str], by: By) -> Pushed:
+        from hub.pins import PINNING_FIELD, pins_of
+
+        try:
+            pinned = pins_of(manifest.config)
+            return self._catalogue.commit(lease, manifest, name=name, moved=moved, pinned=pinned, by=by)
         except OtherBase as error:
             problem = Problem("adapter_config.json", "base_model_name_or_path", str(error))
             raise Refused(name, [problem]) from error
+        except PinLost as error:
+            raise Refused(name, [Problem("adapter_config.json", PINNING_FIELD, str(error))]) from error
 
     def _stream(self, entry: FileEntry) -> Iterator[bytes]:
         return self._blobs.stream(entry.sha256)

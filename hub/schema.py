@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from hub.errors import HubUnavailable
 
-REVISION = "0002"
+REVISION = "0003"
 BUSY_TIMEOUT_S = 60.0
 MAX_CONNECTIONS = 128  # more than the threads of any process of ours: none ever waits for another's
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -44,6 +44,14 @@ files = sa.Table(
     sa.Column("digest", sa.String(71), sa.ForeignKey("manifests.digest"), primary_key=True),
     sa.Column("path", sa.String(128), primary_key=True),
     sa.Column("sha256", sa.String(64), nullable=False, index=True),
+)
+# Which versions of which names an adapter is nothing without: a router its experts.
+pins = sa.Table(
+    "pins",
+    metadata,
+    sa.Column("digest", sa.String(71), sa.ForeignKey("manifests.digest"), primary_key=True),
+    sa.Column("name", sa.String(193), primary_key=True),
+    sa.Column("pinned", sa.String(71), primary_key=True, index=True),
 )
 versions = sa.Table(
     "versions",

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hub.contract import LATEST, Adapter, Difference, Event, Version
+from hub.fidelity import deviation, served_as
 from hub.keys import Key
 from hub.manifest import Manifest
 
@@ -43,7 +44,7 @@ def adapters_table(adapters: Iterable[Adapter]) -> Table:
         table.add_row(
             adapter.name,
             _numbers([version.version for version in adapter.versions]),
-            newest.kind,
+            _one_line(newest.kind),
             size(newest.bytes),
             aliases_text(adapter.aliases),
             moment(newest.at),
@@ -72,8 +73,9 @@ def version_table(version: Version, manifest: Manifest, *, name: str, aliases: S
         "targets": ", ".join(manifest.targets) or None,
         "parameters": f"{manifest.parameters:,}",
         "size": f"{size(manifest.bytes)}  ({manifest.bytes:,} bytes)",
-        "exact": "yes" if manifest.exact else f"no, measured error {manifest.error}",
+        "served": served_as(manifest.kind),
         "made by": _making(manifest.recipe),
+        "deviation": _text(deviation(manifest)),
         "parents": _parents(manifest),
         "data": _text(manifest.data_digest),
         "metrics": _pairs(manifest.metrics),

@@ -22,6 +22,7 @@ from hub.centroids import centroids_problems
 from hub.digest import DIGEST, sha256_of
 from hub.errors import BaseNotFound, BaseUnusable, NotFound, Problem, Refused
 from hub.families.method import Layout, Method
+from hub.fidelity import served_exactly
 from hub.manifest import (
     CENTROID_TENSORS_FILE,
     CENTROIDS_FILE,
@@ -47,6 +48,7 @@ from hub.methods import (
     shapes_are_told,
     virtual_tokens,
 )
+from hub.pins import pins_of
 from hub.ref import is_name, printable
 from hub.strict_json import BadJson, parse, readable
 from hub.targets import matching_complaint
@@ -439,6 +441,7 @@ def _manifest(
     files = tuple(sorted(entries, key=lambda entry: entry.path))
     recipe = findings.values.get(RECIPE_FILE)
     weights = scans[WEIGHTS_FILE]
+    pinned = [pin.digest for pin in pins_of(config)]
     return Manifest(
         digest=identity(canonical, files),
         kind=method.kind,
@@ -450,7 +453,8 @@ def _manifest(
         targets=layout.targets,
         parameters=sum(entry.elements for entry in weights.entries.values()),
         bytes=weights.size,
-        parents=tuple(dict.fromkeys([*((recipe or {}).get("parents") or ()), *method.parents(config)])),
+        exact=served_exactly(method.kind),
+        parents=tuple(dict.fromkeys([*((recipe or {}).get("parents") or ()), *pinned])),
         recipe=recipe,
         data_digest=((recipe or {}).get("data") or {}).get("digest"),
         metrics=findings.values.get(METRICS_FILE),

@@ -1,6 +1,7 @@
 """AdaLoRA: LoRA as triplets of a singular value decomposition, of which rank_pattern says which are left.
 
-Source: peft 0.21.2, tuners/adalora/config.py, model.py and layer.py.
+r triplets that are left, of init_r; I in, O out.
+Source: Zhang et al. 2023 (arXiv:2303.10512); peft 0.21.2, tuners/adalora/config.py, model.py and layer.py.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Any
 
 from hub import fields
 from hub.base import Base, Linear, Modules
-from hub.families.linears import Part, linear_layout
+from hub.families.change import Change, Found
+from hub.families.linears import linear_layout
 from hub.families.lora import SHARED
-from hub.families.method import INERT, Config, Field, Layout, Method
+from hub.families.method import INERT, AtLinear, Config, Field, Layout, Method, Part
 from hub.fields import MAX_NAMES, shown
 from hub.ref import printable
 from hub.targets import target_modules
 
+RANK_EPSILON = 1e-5  # PEFT's, so that a rank of zero divides
 _MASKED = re.compile(r"(?P<module>[A-Za-z0-9_.]{1,500})\.lora_E", re.ASCII)
 
 
@@ -79,6 +82,12 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     )
 
 
+def _change(config: Config, found: Found) -> Change:
+    """y += alpha / (init_r + 1e-5) * B (e * A) x; the triplets that were cut are not in the file."""
+    scaling = config["lora_alpha"] / (config["init_r"] + RANK_EPSILON)
+    return Change(found.tensors["lora_A"] * found.tensors["lora_E"], found.tensors["lora_B"] * scaling)
+
+
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
     layout = linear_layout(config, base, modules, part=_part)
     adapted = {f"{module}.lora_E" for module in target_modules(config, modules)}
@@ -103,4 +112,5 @@ ADALORA = Method(
     required=("init_r", "lora_alpha", "target_modules"),
     layout=_layout,
     ranks=_ranks,
+    at_linear=AtLinear(_part, _change),
 )

@@ -1,6 +1,6 @@
-"""BEFT: a bias is learned and nothing else.
+"""BEFT: a bias is learned and nothing else, y += b, whether the base has a bias there or not.
 
-Source: peft 0.21.2, tuners/beft/config.py and layer.py.
+Source: arXiv:2509.15974; peft 0.21.2, tuners/beft/config.py and layer.py.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hub import fields
-from hub.base import Base, Linear, Modules
-from hub.families.linears import Part, linear_layout
-from hub.families.method import COMMON, Config, Field, Layout, Method
+from hub.base import Linear
+from hub.families.change import Change, Found
+from hub.families.linears import linear_method
+from hub.families.method import COMMON, Config, Field, Part
 
 FIELDS: Mapping[str, Field] = {
     **COMMON,
@@ -23,8 +24,8 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     return Part({"beft_bias": (1, linear.outputs)})
 
 
-def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part, conv1d=False)
+def _change(config: Config, found: Found) -> Change:
+    return Change(bias_O=found.tensors["beft_bias"].flatten())
 
 
-BEFT = Method("beft", "BEFT", FIELDS, required=("target_modules",), layout=_layout)
+BEFT = linear_method("beft", "BEFT", FIELDS, required=("target_modules",), part=_part, change=_change)

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from hub import fields
 from hub.base import Base, Linear, Modules
-from hub.families.linears import Part, linear_layout
-from hub.families.method import COMMON, Config, Field, Layout, Method
+from hub.families.linears import linear_layout
+from hub.families.method import COMMON, Config, Field, Layout, Method, Part
 
 EVERY = r".*"
 FIELDS: Mapping[str, Field] = {

@@ -1,7 +1,9 @@
 """C3A: blocks of the change are circulant, each a learned kernel.
 
 The change is of full rank: a server makes the closest of a rank that it serves, and measures the error.
-Source: peft 0.21.2, tuners/c3a/config.py, model.py and layer.py.
+
+S block size, M blocks of the output, N blocks of the input.
+Source: Chen et al. 2024 (arXiv:2407.19342); peft 0.21.2, tuners/c3a/config.py, model.py, layer.py and utils.py.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hub import fields
-from hub.base import Base, Linear, Modules
-from hub.families.linears import TARGETS, Part, bias_field, linear_layout
-from hub.families.method import Config, Field, Layout, Method
+from hub.base import Linear
+from hub.families.change import Change, Found
+from hub.families.linears import TARGETS, bias_field, linear_method
+from hub.families.method import Config, Field, Part
 from hub.ref import printable
 from hub.targets import dotted_pattern_value
 
@@ -35,8 +38,15 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     return Part({"c3a_kernel": (linear.outputs // size, linear.inputs // size, size)}, None, complaint)
 
 
-def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part, conv1d=False)
+def _change(config: Config, found: Found) -> Change:
+    """y += D x, in each block D[o, i] = kernel[(i - o) mod S] / I: what PEFT's Fourier transforms come to."""
+    kernel_MNS = found.tensors["c3a_kernel"]
+    size = kernel_MNS.shape[2]
+    # Row o of a block begins S - o behind the start of the kernel written twice.
+    blocks_MNSS = kernel_MNS.repeat(1, 1, 2).unfold(2, size, 1)[:, :, 1:].flip(2)
+    return Change(full_OI=blocks_MNSS.transpose(1, 2).reshape(found.outputs, found.inputs) / found.inputs)
 
 
-C3A = Method("c3a", "C3A", FIELDS, required=("block_size", "target_modules"), layout=_layout)
+C3A = linear_method(
+    "c3a", "C3A", FIELDS, required=("block_size", "target_modules"), part=_part, change=_change, full_rank=True
+)

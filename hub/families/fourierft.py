@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from hub import fields
 from hub.base import Base, Linear, Modules
-from hub.families.linears import TARGETS, Part, bias_field, linear_layout
-from hub.families.method import Config, Field, Layout, Method
+from hub.families.linears import TARGETS, bias_field, linear_layout
+from hub.families.method import Config, Field, Layout, Method, Part
 from hub.ref import printable
 from hub.targets import dotted_pattern_value
 
@@ -27,7 +27,7 @@ FIELDS: Mapping[str, Field] = {
 }
 
 
-def _part(config: Config, module: str, linear: Linear) -> Part:
+def part(config: Config, module: str, linear: Linear) -> Part:
     count = dotted_pattern_value(config.get("n_frequency_pattern") or {}, module, config["n_frequency"])
     weights = linear.inputs * linear.outputs
     complaint = None
@@ -37,7 +37,7 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
 
 
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part)
+    return linear_layout(config, base, modules, part=part)
 
 
 FOURIERFT = Method(
@@ -46,4 +46,5 @@ FOURIERFT = Method(
     FIELDS,
     required=("n_frequency", "scaling", "random_loc_seed", "target_modules"),
     layout=_layout,
+    full_rank=True,
 )

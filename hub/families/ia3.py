@@ -1,6 +1,7 @@
-"""IA3: a vector per Linear that scales its input (feedforward modules) or its output.
+"""IA3: a vector per Linear that scales its input (feedforward modules) or its output with the base's bias.
 
-Source: peft 0.21.2, tuners/ia3/config.py and layer.py.
+I in, O out.
+Source: Liu et al. 2022 (arXiv:2205.05638); peft 0.21.2, tuners/ia3/config.py and layer.py.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hub import fields
-from hub.base import Base, Linear, Modules
-from hub.families.linears import Part, linear_layout
-from hub.families.method import COMMON, Complaint, Config, Field, Layout, Method
+from hub.base import Linear
+from hub.families.change import Change, Found
+from hub.families.linears import linear_method
+from hub.families.method import COMMON, Complaint, Config, Field, Part
 from hub.targets import feedforward
 
 FIELDS: Mapping[str, Field] = {
@@ -27,8 +29,13 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     return Part({"ia3_l": (1, linear.inputs) if feedforward(config, module) else (linear.outputs, 1)})
 
 
-def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part)
+def _change(config: Config, found: Found) -> Change:
+    """A bias of the base is scaled too: (s - 1) b is a bias of the adapter's own."""
+    excess = found.tensors["ia3_l"].flatten() - 1
+    if feedforward(config, found.module):
+        return Change(excess_in_I=excess)
+    base_O = found.bias_O
+    return Change(excess_out_O=excess, bias_O=None if base_O is None else excess.to(base_O.device) * base_O.float())
 
 
 def _contradictions(config: Config) -> list[Complaint]:
@@ -38,11 +45,13 @@ def _contradictions(config: Config) -> list[Complaint]:
     return []
 
 
-IA3 = Method(
+IA3 = linear_method(
     "ia3",
     "IA3",
     FIELDS,
     required=("target_modules", "feedforward_modules"),
-    layout=_layout,
+    part=_part,
+    change=_change,
+    conv1d=True,
     contradictions=_contradictions,
 )

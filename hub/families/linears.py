@@ -1,6 +1,7 @@
 """What the kinds that adapt Linear layers have in common: targets, ranks by pattern, and the base's own biases.
 
-A row says what its kind saves at one Linear; here that becomes the layout on a whole base.
+A kind says what it saves at one Linear and what that changes; here it becomes a row of the table, and the layout on a
+whole base.
 A config with `bias` other than none has trained the base's own biases, and PEFT saves each whole: as
 `<module>.base_layer.bias` where the module is adapted, as `<module>.bias` where it is not.
 Source: peft 0.21.2, tuners/tuners_utils.py `_get_learnable_bias_state_dict`.
@@ -9,13 +10,26 @@ Source: peft 0.21.2, tuners/tuners_utils.py `_get_learnable_bias_state_dict`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
 
 from hub import fields
-from hub.base import Base, Linear, Modules, conv1d_layers
-from hub.families.method import COMMON, TENSOR_PREFIX, Complaint, Config, Field, Layout, Shapes
+from hub.base import Base, Modules, conv1d_layers
+from hub.families.method import (
+    COMMON,
+    TENSOR_PREFIX,
+    AtLinear,
+    ChangeOf,
+    Complaint,
+    Config,
+    Field,
+    Layout,
+    Method,
+    PartOf,
+    Shapes,
+    no_contradictions,
+    no_ranks,
+)
 from hub.ref import printable
 from hub.targets import pattern_value, target_complaints, target_modules
 
@@ -28,22 +42,30 @@ TARGETS: Mapping[str, Field] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What a config demands at one Linear; `shapes` by what stands behind the module's name, `integers` among them."""
-
-    shapes: Shapes
-    rank: int | None = None
-    complaint: Complaint | None = None
-    integers: frozenset[str] = frozenset()
-
-
-PartOf = Callable[[Config, str, Linear], Part]
-
-
 def bias_field(own: str) -> Field:
     """The key `bias`: `own` is what this kind calls the biases of the adapted modules alone."""
     return Field(fields.one_of("none", "all", own), shapes_tensors=True)
+
+
+def linear_method(
+    kind: str,
+    peft_type: str,
+    keys: Mapping[str, Field],
+    *,
+    required: tuple[str, ...],
+    part: PartOf,
+    change: ChangeOf,
+    conv1d: bool = False,
+    full_rank: bool = False,
+    ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks,
+    contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions,
+) -> Method:
+    """A kind that is wholly what it does at each Linear; with `conv1d`, on Conv1D layers too."""
+
+    def layout(config: Config, base: Base, modules: Modules) -> Layout:
+        return linear_layout(config, base, modules, part=part, conv1d=conv1d)
+
+    return Method(kind, peft_type, keys, required, layout, AtLinear(part, change), full_rank, ranks, contradictions)
 
 
 def linear_layout(

@@ -1,22 +1,27 @@
 """LoKr: the Kronecker product of two small matrices, each whole or of low rank itself.
 
 Its rank is the product of theirs: a server makes the closest change of a rank that it serves, and measures the error.
-Source: peft 0.21.2, tuners/lokr/config.py and layer.py.
+Source: Yeh et al. 2023 (arXiv:2309.14859); peft 0.21.2, tuners/lokr/config.py and layer.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hub import fields
-from hub.base import Base, Linear, Modules
-from hub.families.linears import TARGETS, Part, divisors, linear_layout, pattern_rank
-from hub.families.method import Config, Field, Layout, Method
+from hub.base import Linear
+from hub.families.change import Change, Found
+from hub.families.linears import TARGETS, divisors, linear_method, pattern_rank
+from hub.families.method import Config, Field, Part
+from hub.targets import pattern_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def _factor(value: Any) -> str | None:
+def _decompose_factor(value: Any) -> str | None:
     return None if value == -1 and type(value) is int else fields.positive(value)
 
 
@@ -27,7 +32,7 @@ FIELDS: Mapping[str, Field] = {
     "rank_pattern": Field(fields.patterns_of(fields.positive), shapes_tensors=True),
     "alpha_pattern": Field(fields.patterns_of(fields.number)),
     "decompose_both": Field(fields.boolean, shapes_tensors=True),
-    "decompose_factor": Field(_factor, shapes_tensors=True),
+    "decompose_factor": Field(_decompose_factor, shapes_tensors=True),
     # Inert: they act while training, before it, or on convolutions.
     "rank_dropout": Field(fields.number),
     "rank_dropout_scale": Field(fields.boolean),
@@ -60,8 +65,19 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     return Part(shapes)
 
 
-def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part, conv1d=False)
+def _change(config: Config, found: Found) -> Change:
+    """y += alpha / r * (w1 kron w2) x."""
+    alpha = pattern_value(config.get("alpha_pattern") or {}, found.module, config["alpha"])
+    w1, w2 = _factor(found, "lokr_w1"), _factor(found, "lokr_w2")
+    return Change(kron=(w1, w2 * (alpha / pattern_rank(config, found.module))))
 
 
-LOKR = Method("lokr", "LOKR", FIELDS, required=("r", "alpha", "target_modules"), layout=_layout)
+def _factor(found: Found, name: str) -> Tensor:
+    if name in found.tensors:
+        return found.tensors[name]
+    return found.tensors[f"{name}_a"] @ found.tensors[f"{name}_b"]
+
+
+LOKR = linear_method(
+    "lokr", "LOKR", FIELDS, required=("r", "alpha", "target_modules"), part=_part, change=_change, full_rank=True
+)

@@ -1,20 +1,32 @@
 """LoRA and its options: rsLoRA, DoRA, activated LoRA, ranks and alphas by pattern, biases; routers and experts.
 
-Source: peft 0.21.2, tuners/lora/config.py and layer.py.
+DoRA is m / ||W + s B A|| * (W + s B A), the norm over each row. The row's factor scales the base product and B; the
+base's bias stays as it is. The norm is that of the weight that a server really multiplies with.
+What works at some tokens alone, on the embedding, on routers and experts is lowered in `server.adapters.lowering.lora`.
+
+r rank, I in, O out.
+Source: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 (arXiv:2312.03732); Liu et al. 2024 (arXiv:2402.09353);
+Greenewald et al. 2025 (arXiv:2504.12397); peft 0.21.2, tuners/lora/config.py, layer.py and dora.py.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from hub import fields
 from hub.base import Base, Linear, Modules
 from hub.families import parameters
-from hub.families.linears import TARGETS, Part, bias_field, linear_layout, pattern_rank, pattern_ranks
-from hub.families.method import INERT, Complaint, Config, Field, Layout, Method, Shapes
+from hub.families.change import Change, Found
+from hub.families.linears import TARGETS, bias_field, linear_layout, pattern_rank, pattern_ranks
+from hub.families.method import INERT, AtLinear, Complaint, Config, Field, Layout, Method, Part, Shapes
 from hub.ref import printable
-from hub.targets import ALL_LINEAR
+from hub.targets import ALL_LINEAR, pattern_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What LoRA and AdaLoRA share: PEFT derives the one config from the other.
 SHARED: Mapping[str, Field] = {
@@ -75,6 +87,28 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     if config.get("use_dora"):
         shapes["lora_magnitude_vector"] = (linear.outputs,)
     return Part(shapes, rank)
+
+
+def _change(config: Config, found: Found) -> Change:
+    """y += s B A x, and the same times m / ||W + s B A|| on all of W with `use_dora`."""
+    A_rI = found.tensors["lora_A.weight"]
+    factor = scaling(config, found.module, len(A_rI))
+    B_Or = found.tensors["lora_B.weight"] * factor
+    if config.get("use_dora"):
+        return _dora(A_rI, B_Or, magnitude_O=found.tensors["lora_magnitude_vector"], weight_OI=found.weight())
+    return Change(A_rI, B_Or, bias_O=found.tensors["lora_B.bias"] * factor if config.get("lora_bias") else None)
+
+
+def scaling(config: Config, module: str, rank: int) -> float:
+    """What B A is multiplied with at a module, by alpha and its pattern."""
+    alpha: float = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _dora(A_rI: Tensor, B_Or: Tensor, *, magnitude_O: Tensor, weight_OI: Tensor) -> Change:
+    A_rI, B_Or, magnitude_O = (tensor.to(weight_OI.device) for tensor in (A_rI, B_Or, magnitude_O))
+    factor_O = magnitude_O / (weight_OI + B_Or @ A_rI).norm(dim=1)
+    return Change(A_rI, factor_O[:, None] * B_Or, excess_out_O=factor_O - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +172,7 @@ def _contradictions(config: Config) -> list[Complaint]:
     return complaints
 
 
+AT_LINEAR = AtLinear(_part, _change)
 LORA = Method(
     "lora",
     "LORA",

@@ -60,8 +60,8 @@ def _contradictions(config: Config) -> list[Complaint]:
     return []
 
 
-def _parents(config: Config) -> list[str]:
-    return [item.partition("@")[2] for item in config["experts"]]
+def _pins(config: Config) -> list[str]:
+    return list(config["experts"])
 
 
 LORA_MOE = Method(
@@ -71,5 +71,5 @@ LORA_MOE = Method(
     required=("experts", "top_k"),
     layout=_layout,
     contradictions=_contradictions,
-    parents=_parents,
+    pins=_pins,
 )

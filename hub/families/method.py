@@ -1,4 +1,4 @@
-"""One row of the table of adapter kinds: the keys of its config, and the tensors that follow from it on a base.
+"""One row of the table of adapter kinds: the keys of its config, the tensors that follow from it, what they compute.
 
 A key stands in one of three classes. Served: we act on it. Inert: it steers training or initialisation only, and the
 saved weights already hold its effect. Neutral: an option that we do not serve, accepted only at PEFT's default, which
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hub import fields
-from hub.base import Base, Modules
+from hub.base import Base, Linear, Modules
+from hub.families.change import Change, Found
 from hub.fields import Check
-from hub.kind import Kind
 
 Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -47,6 +47,31 @@ class Layout:
     integers: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a config demands at one Linear; `shapes` by what stands behind the module's name, `integers` among them.
+
+    `rank` is that of the low-rank term that is served, where there is one.
+    """
+
+    shapes: Shapes
+    rank: int | None = None
+    complaint: Complaint | None = None
+    integers: frozenset[str] = frozenset()
+
+
+PartOf = Callable[[Config, str, Linear], Part]
+ChangeOf = Callable[[Config, Found], Change]
+
+
+@dataclass(frozen=True, slots=True)
+class AtLinear:
+    """A kind at one Linear: the tensors that it has there, and what they change."""
+
+    part: PartOf
+    change: ChangeOf
+
+
 def no_ranks(config: Config) -> Iterable[tuple[str, int]]:
     return ()
 
@@ -55,7 +80,7 @@ def no_contradictions(config: Config) -> Iterable[Complaint]:
     return ()
 
 
-def no_parents(config: Config) -> Iterable[str]:
+def no_pins(config: Config) -> Iterable[str]:
     return ()
 
 
@@ -63,19 +88,24 @@ def no_parents(config: Config) -> Iterable[str]:
 class Method:
     """One kind of adapter.
 
+    `at_linear` is what it computes, where that is a change of each Linear by itself. What else a kind may be is lowered
+    in `server.adapters.lowering`. With `full_rank` a server serves the closest that is of low rank.
+
     `ranks` are the ranks that a config asks for, by key, as they are served; `contradictions` are combinations of keys
-    that PEFT itself refuses to load. Both must take a config that has other complaints. `parents` are the digests of
-    the adapters without which this one is nothing.
+    that PEFT itself refuses to load. Both must take a config that has other complaints. `pins` are the adapters without
+    which this one is nothing, each as name@digest.
     """
 
-    kind: Kind
+    kind: str
     peft_type: str
     fields: Mapping[str, Field]
     required: tuple[str, ...]
     layout: Callable[[Config, Base, Modules], Layout]
+    at_linear: AtLinear | None = None
+    full_rank: bool = False
     ranks: Callable[[Config], Iterable[tuple[str, int]]] = no_ranks
     contradictions: Callable[[Config], Iterable[Complaint]] = no_contradictions
-    parents: Callable[[Config], Iterable[str]] = no_parents
+    pins: Callable[[Config], Iterable[str]] = no_pins
 
 
 INERT = Field(fields.anything)

@@ -1,6 +1,9 @@
-"""MiSS: sums of the input's features, spread over the output by a learned block; in its mini form a narrow one.
+"""MiSS: the input's features, r apart, are summed into r sums, and a learned block spreads those over the output.
 
-Source: peft 0.21.2, tuners/miss/config.py and layer.py.
+In its mini form the block is narrower than the output, and is repeated along it.
+
+r rank, D width of the block, I in, O out.
+Source: Kang and Yin 2024 (arXiv:2409.15371); peft 0.21.2, tuners/miss/config.py and layer.py.
 """
 
 from __future__ import annotations
@@ -9,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from hub import fields
-from hub.base import Base, Linear, Modules
-from hub.families.linears import TARGETS, Part, bias_field, linear_layout, pattern_ranks
-from hub.families.method import Config, Field, Layout, Method
+from hub.base import Linear
+from hub.families.change import Change, Found, identity
+from hub.families.linears import TARGETS, bias_field, linear_method, pattern_ranks
+from hub.families.method import Config, Field, Part
 from hub.ref import printable
 
 
@@ -44,8 +48,14 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     return Part({"miss_block": (rank, width)}, rank, complaint)
 
 
-def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part, conv1d=False)
+def _change(config: Config, found: Found) -> Change:
+    """y += D' S x, where S adds feature i of x to sum i mod r."""
+    block_rD = found.tensors["miss_block"]
+    rank, width = block_rD.shape
+    S_rI = identity(rank, block_rD).repeat(1, found.inputs // rank + 1)[:, : found.inputs]
+    return Change(S_rI, block_rD.repeat(1, found.outputs // width).t())
 
 
-MISS = Method("miss", "MISS", FIELDS, required=("r", "target_modules"), layout=_layout, ranks=pattern_ranks)
+MISS = linear_method(
+    "miss", "MISS", FIELDS, required=("r", "target_modules"), part=_part, change=_change, ranks=pattern_ranks
+)

@@ -1,20 +1,32 @@
-"""OFT: blocks of a Linear's input are rotated, each by the Cayley transform of a learned skew-symmetric matrix.
+"""OFT: blocks of a Linear's input are rotated before the base's product, y = W R x.
 
+Each block is the Cayley transform of a skew-symmetric matrix Q, of which the upper triangle is learned:
+(I - Q)(I + Q)^-1, or the first terms of its Neumann series. PEFT leaves the factor 2 of the last of them away, and
+makes four of three. In its constrained form (COFT) a Q that is longer than eps / sqrt(blocks) is cut to that length.
 PEFT turns a size of blocks that does not divide the inputs into the nearest that does, with a warning; so do we. The
 Cayley-Neumann series of PEFT before 0.18 was another one: a file that may be of those is refused.
-Source: peft 0.21.2, tuners/oft/config.py and layer.py.
+
+B blocks, S block size, N entries of an upper triangle.
+Source: Qiu et al. 2023 (arXiv:2306.07280); Qiu et al. 2025 (arXiv:2506.19847); peft 0.21.2, tuners/oft/config.py and
+layer.py.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from hub import fields
-from hub.base import Base, Linear, Modules
-from hub.families.linears import TARGETS, Part, bias_field, divisors, linear_layout
-from hub.families.method import Complaint, Config, Field, Layout, Method
+from hub.base import Linear
+from hub.families.change import Change, Found, Rotation, identity
+from hub.families.linears import TARGETS, bias_field, divisors, linear_method
+from hub.families.method import Complaint, Config, Field, Part
 from hub.ref import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEUMANN_SINCE = (0, 18)
 
@@ -54,8 +66,46 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     return Part({"oft_R.weight": (blocks, size * (size - 1) // 2)})
 
 
-def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part, conv1d=False)
+def _change(config: Config, found: Found) -> Change:
+    """x += (R - I) x, in fp64 until the end."""
+    size = _block_size(config, found.inputs)
+    Q_BSS = _skew(found.tensors["oft_R.weight"].double(), size)
+    if config.get("coft"):
+        Q_BSS = _constrained(Q_BSS, config.get("eps", 6e-5))
+    terms = config.get("num_cayley_neumann_terms", 5)
+    R_BSS = neumann(Q_BSS, terms) if config["use_cayley_neumann"] else cayley(Q_BSS)
+    excess_BSS = (R_BSS - identity(size, R_BSS)).transpose(1, 2)  # PEFT's x is a row: x' = x R
+    return Change(rotate_in=Rotation(excess_BSS.expand(found.inputs // size, -1, -1).float()))
+
+
+def cayley(Q_BSS: Tensor) -> Tensor:
+    """(I - Q)(I + Q)^-1 = 2 (I + Q)^-1 - I: never singular, for Q has no real eigenvalues but 0."""
+    eye_SS = identity(Q_BSS.shape[-1], Q_BSS)
+    return 2 * (eye_SS + Q_BSS).inverse() - eye_SS
+
+
+def neumann(Q_BSS: Tensor, terms: int) -> Tensor:
+    """I + 2 Q + 2 Q^2 + ... + Q^last: with five terms last is 4, with four or three it is 3."""
+    R_BSS = identity(Q_BSS.shape[-1], Q_BSS).expand_as(Q_BSS)
+    last = max(terms - 1, 3) if terms > 2 else terms - 1
+    power_BSS = Q_BSS
+    for exponent in range(1, last + 1):
+        R_BSS = R_BSS + power_BSS * (1 if exponent == last and last > 2 else 2)
+        power_BSS = power_BSS @ Q_BSS
+    return R_BSS
+
+
+def _skew(upper_BN: Tensor, size: int) -> Tensor:
+    rows_N, columns_N = upper_BN.new_ones(size, size).triu(1).nonzero().unbind(1)  # row by row
+    Q_BSS = upper_BN.new_zeros(len(upper_BN), size, size)
+    Q_BSS[:, rows_N, columns_N] = upper_BN
+    return Q_BSS - Q_BSS.transpose(1, 2)
+
+
+def _constrained(Q_BSS: Tensor, eps: float) -> Tensor:
+    limit = eps / math.sqrt(len(Q_BSS))
+    lengths_B11 = Q_BSS.norm(dim=(1, 2), keepdim=True)
+    return Q_BSS.where(lengths_B11 <= limit, limit * (Q_BSS / lengths_B11))
 
 
 def _contradictions(config: Config) -> list[Complaint]:
@@ -76,11 +126,12 @@ def _neumann_is_known(version: object) -> bool:
     return match is not None and (int(match[1]), int(match[2])) >= NEUMANN_SINCE and "0.18.0.dev" not in str(version)
 
 
-OFT = Method(
+OFT = linear_method(
     "oft",
     "OFT",
     FIELDS,
     required=("oft_block_size", "use_cayley_neumann", "target_modules"),
-    layout=_layout,
+    part=_part,
+    change=_change,
     contradictions=_contradictions,
 )

@@ -2,7 +2,7 @@
 
 The file holds where the entries are, so that how they were chosen (mask_type, random_seed) no longer matters. PEFT on
 Windows writes the places as F32; such a file is refused.
-Source: peft 0.21.2, tuners/shira/config.py and layer.py.
+Source: Bhardwaj et al. 2024 (arXiv:2406.13175); peft 0.21.2, tuners/shira/config.py, layer.py and model.py.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hub import fields
-from hub.base import Base, Linear, Modules
-from hub.families.linears import Part, linear_layout
-from hub.families.method import COMMON, Config, Field, Layout, Method
+from hub.base import Linear
+from hub.families.change import Change, Entries, Found
+from hub.families.linears import linear_method
+from hub.families.method import COMMON, Config, Field, Part
 from hub.ref import printable
 
 FIELDS: Mapping[str, Field] = {
@@ -36,8 +37,10 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     return Part(shapes, None, complaint, frozenset({"shira_indices"}))
 
 
-def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    return linear_layout(config, base, modules, part=_part, conv1d=False)
+def _change(config: Config, found: Found) -> Change:
+    """y += D x; entries of one place add, as in PEFT."""
+    rows_N, columns_N = found.tensors["shira_indices"]
+    return Change(entries=Entries(rows_N, columns_N, found.tensors["shira_weight"]))
 
 
-SHIRA = Method("shira", "SHIRA", FIELDS, required=("r", "target_modules"), layout=_layout)
+SHIRA = linear_method("shira", "SHIRA", FIELDS, required=("r", "target_modules"), part=_part, change=_change)

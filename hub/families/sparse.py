@@ -1,7 +1,11 @@
 """Sparse changes (LT-SFT, diff pruning): at each named Linear so many entries, in a format of our own.
 
-The config names modules whole, with how many entries each has; there is no `target_modules`.
-Source: docs/decisions/0018-the-format-of-sparse-changes.md.
+The config names modules whole, with how many entries each has; there is no `target_modules`. An entry's place is its
+row times the inputs plus its column, and places ascend.
+
+N entries.
+Source: docs/decisions/0018-the-format-of-sparse-changes.md; Ansell et al. 2022 (arXiv:2110.07560); Guo et al. 2021
+(arXiv:2012.07463).
 """
 
 from __future__ import annotations
@@ -11,8 +15,21 @@ from typing import Any
 
 from hub import fields
 from hub.base import Base, Linear, Modules
+from hub.errors import TensorsUnusable
+from hub.families.change import Change, Entries, Found
 from hub.families.linears import leaves
-from hub.families.method import COMMON, NOTHING_SAVED, TENSOR_PREFIX, Complaint, Config, Field, Layout, Method
+from hub.families.method import (
+    COMMON,
+    NOTHING_SAVED,
+    TENSOR_PREFIX,
+    AtLinear,
+    Complaint,
+    Config,
+    Field,
+    Layout,
+    Method,
+    Part,
+)
 from hub.fields import MAX_NAMES, shown
 from hub.ref import printable
 
@@ -41,17 +58,28 @@ FIELDS: Mapping[str, Field] = {
 }
 
 
+def _part(config: Config, module: str, linear: Linear | None) -> Part:
+    count = config["entries"].get(module, 0)
+    shapes = {"sparse_indices": (count,), "sparse_values": (count,)}
+    return Part(shapes, None, _misfit(module, count, linear), frozenset({"sparse_indices"}))
+
+
+def _change(config: Config, found: Found) -> Change:
+    """y += D x, D[p // I, p % I] = value for each place p."""
+    places_N = found.tensors["sparse_indices"]
+    if not (places_N.diff() > 0).all():
+        raise TensorsUnusable("sparse_indices do not ascend strictly")
+    rows_N, columns_N = places_N // found.inputs, places_N % found.inputs
+    return Change(entries=Entries(rows_N, columns_N, found.tensors["sparse_values"]))
+
+
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    entries: Mapping[str, int] = config["entries"]
-    shapes = {
-        f"{TENSOR_PREFIX}{module}.{part}": (count,)
-        for module, count in entries.items()
-        for part in ("sparse_indices", "sparse_values")
-    }
-    found = (_misfit(module, count, modules.linears.get(module)) for module, count in entries.items())
-    complaint = next(filter(None, found), None)
-    integers = frozenset(name for name in shapes if name.endswith(".sparse_indices"))
-    return Layout(shapes, () if complaint is None else (complaint,), None, leaves(entries), integers=integers)
+    parts = {module: _part(config, module, modules.linears.get(module)) for module in config["entries"]}
+    complaint = next((part.complaint for part in parts.values() if part.complaint is not None), None)
+    named = {f"{TENSOR_PREFIX}{module}.": part for module, part in parts.items()}
+    shapes = {start + name: shape for start, part in named.items() for name, shape in part.shapes.items()}
+    integers = frozenset(start + name for start, part in named.items() for name in part.integers)
+    return Layout(shapes, () if complaint is None else (complaint,), None, leaves(parts), integers=integers)
 
 
 def _misfit(module: str, count: int, linear: Linear | None) -> Complaint | None:
@@ -65,4 +93,5 @@ def _misfit(module: str, count: int, linear: Linear | None) -> Complaint | None:
     return None
 
 
+AT_LINEAR = AtLinear(_part, _change)
 SPARSE = Method("sparse", "SPARSE", FIELDS, required=("entries",), layout=_layout)

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from hub import fields
 from hub.base import HEAD, Base, Linear, Modules
-from hub.families.linears import Part, linear_layout
-from hub.families.method import COMMON, TENSOR_PREFIX, Config, Field, Layout, Method
+from hub.families.linears import linear_layout
+from hub.families.method import COMMON, TENSOR_PREFIX, Config, Field, Layout, Method, Part
 from hub.families.whole import head_complaints, index_complaints
 from hub.targets import target_modules
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from hub import fields
 from hub.base import Base, Linear, Modules
-from hub.families.linears import TARGETS, Part, bias_field, linear_layout, pattern_ranks
-from hub.families.method import Config, Field, Layout, Method
+from hub.families.linears import TARGETS, bias_field, linear_layout, pattern_ranks
+from hub.families.method import Config, Field, Layout, Method, Part
 from hub.targets import target_modules
 
 FIELDS: Mapping[str, Field] = {
@@ -30,12 +30,12 @@ FIELDS: Mapping[str, Field] = {
 }
 
 
-def _part(config: Config, module: str, linear: Linear) -> Part:
+def part(config: Config, module: str, linear: Linear) -> Part:
     return Part({"vera_lambda_b": (linear.outputs,), "vera_lambda_d": (config["r"],)}, config["r"])
 
 
 def _layout(config: Config, base: Base, modules: Modules) -> Layout:
-    layout = linear_layout(config, base, modules, part=_part)
+    layout = linear_layout(config, base, modules, part=part)
     adapted = [modules.linears[module] for module in target_modules(config, modules)]
     if not adapted or not config.get("save_projection", True):
         return layout

@@ -117,7 +117,7 @@ def _add_moving(routes: APIRouter, hub: LocalHub) -> None:
         version: Annotated[int, Query(ge=1, le=MAX_SIZE)],
         note: Annotated[str, Query(max_length=8192)] = "",
     ) -> Event:
-        return hub.remove(own(asking, name), version, note=note, actor=asking.name)
+        return hub.remove(own(asking, name), version, note=note, actor=asking.name, sees=asking.sees)
 
 
 def _add_keeping(routes: APIRouter, hub: LocalHub) -> None:

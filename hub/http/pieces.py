@@ -64,6 +64,7 @@ def upload_routes(hub: LocalHub) -> APIRouter:
             aliases=body.aliases,
             note=body.note,
             actor=asking.name,
+            sees=asking.sees,
         )
 
     return routes

@@ -1,6 +1,7 @@
 """The hub as the server sees it: names become digests, digests become tensors, every byte re-hashed on the way.
 
-The only file beside `server.main` that knows the hub. What the hub raises leaves here as the server's own errors.
+The only file beside `server.main` that knows the hub; the lowerings know its table of kinds. What the hub raises leaves
+here as the server's own errors.
 """
 
 from __future__ import annotations

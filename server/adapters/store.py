@@ -168,7 +168,8 @@ class AdapterStore:
     async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
         held: list[tuple[Resident, float]] = []
         described = []
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._let_go, held)  # all that is in it by then
             for text, weight in self._combined(terms):
                 resident, resolution = await self._hold(text)
                 held.append((resident, weight))
@@ -177,10 +178,7 @@ class AdapterStore:
             grafts = _grafts(held)
             check_mixture(grafts)
             join = await self._joined(prefixed(grafts))
-        except BaseException:
-            for resident, _ in held:
-                self.release(resident)
-            raise
+            undo.pop_all()
         if routed is None:
             return HeldLease(self, Mixture(tuple(described)), held, join)
         return HeldLease(self, Mixture(tuple(described), routed[0]), held, join, routed[1])
@@ -330,6 +328,10 @@ class AdapterStore:
         assert held.leases >= 0, f"{held} was released twice"
         if held.leases == 0:
             self._room.set()
+
+    def _let_go(self, held: Sequence[tuple[Resident, float]]) -> None:
+        for resident, _ in held:
+            self.release(resident)
 
     def given_names(self) -> Collection[str]:
         return self._named.keys()

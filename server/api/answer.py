@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -68,11 +68,10 @@ async def _whole(generation: Generation, ticket: Ticket, request: Request, heade
 
 async def _stream(generation: Generation, ticket: Ticket, request: Request, headers: Mapping[str, str]) -> Response:
     pieces = generation.pieces()
-    try:
+    with ExitStack() as undo:
+        undo.callback(generation.close)
         first = await unless_disconnected(request.receive, _next(pieces))
-    except BaseException:
-        generation.close()
-        raise
+        undo.pop_all()
     return EventStream(_events(generation, ticket, first, pieces), on_close=generation.close, headers=headers)
 
 

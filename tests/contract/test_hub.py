@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hub.manifest import CONFIG_FILE, WEIGHTS_FILE
 from hub.ref import parse_reference
 from tests.contract.conftest import Folders
 from tests.unit.hub.kinds import CASES
+from tests.unit.hub.makers import write_base, write_lora, write_router
 
 
 def at(hub: Hub, reference: str) -> int:
@@ -347,3 +349,77 @@ def test_a_difference_names_what_parts_two_versions(hub: Hub, tmp_path: Path, fo
         "config.lora_alpha", "metrics.eval_loss", "files.adapter_config.json", "files.metrics.json",
     }  # fmt: skip
     assert hub.diff(parse_reference("legal@1"), parse_reference("legal@1")).changes == ()
+
+
+def router(folder: Path, folders: Folders, pins: list[str]) -> Path:
+    base = json.loads((folders["lora-1"] / CONFIG_FILE).read_text())["base_model_name_or_path"]
+    return write_router(folder, Path(base), pins)
+
+
+def pin(hub: Hub, folders: Folders, *kinds: str) -> list[str]:
+    """Each pushed under its own name; what a router writes of it."""
+    return [f"{kind}@{hub.push(folders[kind], kind).digest}" for kind in kinds]
+
+
+def test_an_expert_stays_as_long_as_a_router_pins_it(hub: Hub, tmp_path: Path, folders: Folders) -> None:
+    pins = pin(hub, folders, "lora-1", "lora-2")
+    for version, order in enumerate((pins, pins[::-1]), 1):
+        hub.push(router(tmp_path / f"r{version}", folders, order), "team/router")
+    assert hub.manifest(hub.resolve(parse_reference("team/router@1")).digest).parents == tuple(
+        text.partition("@")[2] for text in pins
+    )
+    refusal = (
+        "lora-1@1 is in use: routers team/router@1, team/router@2 pin it as expert; remove those first: "
+        "hub rm team/router@1"
+    )
+    with pytest.raises(InUse, match=re.escape(refusal)):
+        hub.remove("lora-1", 1)
+    hub.remove("team/router", 1)
+    with pytest.raises(InUse, match="router team/router@2 pins it as expert; remove that first: hub rm team/router@2"):
+        hub.remove("lora-1", 1)
+    hub.collect()
+    for text in pins:
+        hub.verify(parse_reference(text))
+    hub.remove("team/router", 2)
+    assert told(hub.remove("lora-1", 1))[0] == "removed"
+    assert hub.collect().blobs > 0
+
+
+def test_only_the_name_that_is_pinned_is_kept(hub: Hub, tmp_path: Path, folders: Folders) -> None:
+    pins = pin(hub, folders, "lora-1", "lora-2")
+    hub.push(folders["lora-1"], "copy")
+    hub.push(router(tmp_path / "r", folders, pins), "router")
+    hub.remove("copy", 1)
+    with pytest.raises(InUse):
+        hub.remove("lora-1", 1)
+
+
+def test_a_router_is_refused_with_every_expert_that_is_not_here_or_is_none(
+    hub: Hub, tmp_path: Path, folders: Folders
+) -> None:
+    first, second, gone, ia3, dora = pin(hub, folders, "lora-1", "lora-2", "lora-3", "ia3", "lora-dora")
+    hub.remove("lora-3", 1)
+    strange = f"nobody@sha256:{'0' * 64}"
+    elsewhere = f"lora-1@{second.partition('@')[2]}"
+    head = hub.head()
+    with pytest.raises(Refused) as refusal:
+        hub.push(router(tmp_path / "r", folders, [first, gone, strange, elsewhere, ia3, dora]), "router")
+    reasons = [problem.reason.partition("@sha256:")[2][65:] for problem in refusal.value.problems]
+    assert {problem.field for problem in refusal.value.problems} == {"experts"}
+    assert [reason[:40] for reason in reasons] == [
+        "is not in this hub (lora-3@1, sha256:" + gone.partition("sha256:")[2][:3],
+        "is not in this hub (there is no adapter ",
+        "is not in this hub (no version of lora-1",
+        "is of kind ia3; a router's experts are L",
+        "has use_dora true; experts are low-rank ",
+    ]
+    assert all("push that expert first" in reason for reason in reasons[:3])
+    assert hub.head() == head and hub.adapters("router") == []
+
+
+def test_a_router_is_refused_when_an_expert_is_of_another_base(hub: Hub, tmp_path: Path, folders: Folders) -> None:
+    (first,) = pin(hub, folders, "lora-1")
+    other = write_lora(tmp_path / "other", write_base(tmp_path / "another", vocab_size=65), seed=9)
+    digest = hub.push(other, "other").digest
+    with pytest.raises(Refused, match=r"is of base another \(fingerprint \w{12}\), the router of base \("):
+        hub.push(router(tmp_path / "r", folders, [first, f"other@{digest}"]), "router")

@@ -8,14 +8,21 @@ from typing import Any
 import pytest
 import torch
 
+from hub.methods import METHODS
 from server.primitives.graft import Graft
 from tests.oracle.conftest import ARCHITECTURES, Adapter, Bench, TinyBase
-from tests.oracle.kinds import INVOCATION, Row
+from tests.oracle.kinds import INVOCATION, Row, rows
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 NEW_TOKENS = 6
+# PEFT has none of them; each is compared with its training module or with the weights summed, in a file of its own.
+NOT_OF_PEFT = {"sparse", "bitfit", "lora-moe"}
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of what these adapters are on purpose
+
+
+def test_every_kind_has_a_row() -> None:
+    assert {row.kind for row in rows("llama").values()} | NOT_OF_PEFT == {method.kind for method in METHODS.values()}
 
 
 def prompt(seed: int, length: int) -> list[int]:

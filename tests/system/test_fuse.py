@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,9 +56,13 @@ def test_a_fused_version_answers_as_its_mixture_and_an_extracted_one_is_proved(s
     assert [(one["name"], one["weight"]) for one in made["parents"]] == [("team/one", 0.5), ("team/two", -0.25)]
     shown = hub(stocked, "show", "team/both@prod").stdout
     assert "fuse method=cat" in shown and "team/two@1 * -0.25" in shown
+    assert "none from the exact weighted sum of its parents but rounding" in shown
     done = hub(stocked, "extract", BASE, tuned_seedling(tmp_path / "tuned"), "--rank", "2", "--push", "team/tuned")
     assert "8 Linears, rank up to 2" in done.stdout and "team/tuned@1 sha256:" in done.stdout
     assert "left out" not in done.stdout
+    shown = hub(stocked, "show", "team/tuned").stdout
+    assert re.search(r"served +exactly as it is stored", shown)
+    assert re.search(r"deviation +none from the difference of the two models at their Linears but rounding", shown)
     with serving(stocked) as server:
         assert answer(server.url, "team/both@prod") == answer(server.url, MIXTURE)
         # Its golden rows held, or the server would not have answered by it.

@@ -33,6 +33,26 @@ def closest(delta_OI: Tensor, module: str, target: Target) -> tuple[Tensor, Tens
     return A_RI, B_OR, relative_error(delta_OI, A_RI, B_OR)
 
 
+def closest_kron(w1: Tensor, w2: Tensor, module: str, target: Target) -> tuple[Tensor, Tensor, float]:
+    """As `closest`, of the Kronecker product of two matrices.
+
+    Its singular values are the products of theirs, so that both are decomposed and never the whole. Where the two are
+    of low rank, so is their product, and nothing is lost.
+    """
+    w1, w2 = w1.to(target.device), w2.to(target.device)
+    if not (w1.isfinite().all() and w2.isfinite().all()):
+        raise AdapterIncompatible(f"the change of {module} is no finite number in fp32")
+    U1, values1, V1 = torch.linalg.svd(w1, full_matrices=False)
+    U2, values2, V2 = torch.linalg.svd(w2, full_matrices=False)
+    values, places = (values1[:, None] * values2).flatten().sort(descending=True, stable=True)
+    kept = places[: smallest_rank(values, target)]
+    one, two = kept // len(values2), kept % len(values2)
+    roots_R = values[: len(kept)].sqrt()
+    A_RI = (V1[one][:, :, None] * V2[two][:, None, :]).flatten(1) * roots_R[:, None]
+    B_OR = (U1[:, None, one] * U2[None, :, two]).flatten(0, 1) * roots_R
+    return A_RI, B_OR, relative_error(torch.kron(w1, w2), A_RI, B_OR)
+
+
 def smallest_rank(values_N: Tensor, target: Target) -> int:
     """The number of singular values, in falling order, after which what is left is small enough; max_rank at most."""
     left_N = values_N.double().square().flip(0).cumsum(0).flip(0).sqrt()

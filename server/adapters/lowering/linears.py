@@ -1,146 +1,56 @@
-"""What the families that change Linear layers have in common: each says what it does at one Linear, the rest is here.
+"""What an adapter changes at each Linear, as its kind says in the hub's table, becomes primitives of this server.
 
 What the hub has validated is not trusted: every tensor must find its Linear and fit it, and every tensor must be used,
 or the adapter is refused. Tensor names are PEFT's: `base_model.model.<module>.<part>`.
 An adapter may also bring biases of the base's own, each whole: `<module>.base_layer.bias` where it adapts the module,
 `<module>.bias` where it does not. What it does to such a bias is the difference.
 
-R rank, I in, O out.
+R rank, I in, O out, N entries.
 Source: peft 0.21.2, tuners/tuners_utils.py `_get_learnable_bias_state_dict`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from server.adapters.lowering.approximate import check_errors
+from hub.base import Linear
+from hub.errors import TensorsUnusable
+from hub.families.change import Change, Entries, Found, Rotation
+from hub.families.method import AtLinear
+from server.adapters.lowering.approximate import check_errors, closest, closest_kron
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
+from server.primitives import delta
 from server.primitives.bias import Bias
-from server.primitives.delta import Delta
 from server.primitives.lowrank import LowRank
 from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
-from server.primitives.site import SiteShape, SiteValue
+from server.primitives.site import SiteValue
 
 ROOT = "base_model.model."
 WRAPPED_BIAS = "base_layer.bias"
 BARE_BIAS = "bias"
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What an adapter does at one Linear, in fp32: y = (1 + excess_out) * W ((1 + excess_in) * x) + B A x + D x + bias.
-
-    The base's own bias is added to that, unscaled. The method's scaling is already inside B and D. A rotation stands
-    beside a scale. `error` is that of a low-rank term that stands for a change of full rank.
-    """
-
-    A_RI: Tensor | None = None
-    B_OR: Tensor | None = None
-    excess_in_I: Tensor | None = None
-    excess_out_O: Tensor | None = None
-    bias_O: Tensor | None = None
-    delta: Delta | None = None
-    rotate_in: Rotate | None = None
-    rotate_out: Rotate | None = None
-    error: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The tensors of one Linear, taken out one by one, and what they must fit."""
-
-    module: str
-    shape: SiteShape
-    tensors: dict[str, Tensor]
-    target: Target
-
-    @property
-    def inputs(self) -> int:
-        return self.shape.in_features
-
-    @property
-    def outputs(self) -> int:
-        return self.shape.out_features
-
-    def take(self, part: str, *shape: int) -> Tensor:
-        """In fp32. Raises: AdapterIncompatible when it is missing or of another shape."""
-        tensor = self.tensors.pop(part, None)
-        if tensor is None:
-            raise AdapterIncompatible(f"{self.module} lacks {part}")
-        expect(self.module, part, tensor, shape)
-        return tensor.float()
-
-    def take_places(self, part: str, *shape: int) -> Tensor:
-        """Whole numbers, in 64 bits. Raises: AdapterIncompatible."""
-        tensor = self.tensors.get(part)
-        self.take(part, *shape)
-        assert tensor is not None
-        if tensor.is_floating_point():
-            raise AdapterIncompatible(f"{part} of {self.module} is {tensor.dtype}, places are whole numbers")
-        return tensor.long()
-
-    def weight(self) -> Tensor:
-        """The base's own weight (O, I) in fp32."""
-        return self.target.weight(self.module)
-
-    def check_rank(self, rank: int) -> int:
-        """Before anything of that size is made. Raises: AdapterIncompatible."""
-        if rank > self.target.max_rank:
-            raise AdapterIncompatible(f"rank {rank} of {self.module} is above max_rank {self.target.max_rank}")
-        return rank
-
-
-ChangeOf = Callable[[Found], Change]
-
-
-def lower_linears(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target, *, change: ChangeOf
-) -> Lowered:
-    """Every Linear that the adapter has tensors for, changed as its family says and given its own bias."""
+def lower_linears(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: Target, *, at: AtLinear) -> Lowered:
+    """Every Linear that the adapter has tensors for, changed as its kind says and given its own bias."""
     modules = _by_module(tensors, target)
     trained = config.get("bias", "none")
     _demand_biases(trained, modules, target)
     sites = {}
     errors: dict[str, float] = {}
-    for module, found in modules.items():
-        own = _own_bias(found, trained)
-        made = change(found) if found.tensors or own is None else Change()
-        if found.tensors:
-            raise AdapterIncompatible(f"{module} has {' and '.join(sorted(found.tensors))}, which its config rules out")
-        sites[module] = _site_value(made, own, target)
-        if made.error is not None:
-            errors[module] = made.error
+    for module, given in modules.items():
+        own_O = _own_bias(module, given, trained, target)
+        change = Change() if own_O is not None and not given else _change(config, module, given, target, at=at)
+        if change.full_OI is not None or change.kron is not None:
+            change, errors[module] = _of_low_rank(change, module, target)
+        sites[module] = _site_value(change, own_O, module, target)
     return Lowered(sites, approximation=check_errors(errors, target))
-
-
-def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the module's name or its ending."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def dotted_pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule for C3A and FourierFT, without brackets: after a match of none, the module's whole name is a key."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf".*\.{key}$", module):
-            return value
-    return (patterns or {}).get(module, default)
-
-
-def check_places(module: str, places_N: Tensor, below: int) -> None:
-    """Raises: AdapterIncompatible when one is outside."""
-    if places_N.numel() and not 0 <= int(places_N.min()) <= int(places_N.max()) < below:
-        outside = int(places_N.min()) if int(places_N.min()) < 0 else int(places_N.max())
-        raise AdapterIncompatible(f"{module} has an entry at {outside}, outside 0 to {below - 1}")
 
 
 def expect(module: str, part: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -148,9 +58,9 @@ def expect(module: str, part: str, tensor: Tensor, shape: tuple[int, ...]) -> No
         raise AdapterIncompatible(f"{part} of {module} has shape {list(tensor.shape)}, this base needs {list(shape)}")
 
 
-def _by_module(tensors: Mapping[str, Tensor], target: Target) -> dict[str, Found]:
+def _by_module(tensors: Mapping[str, Tensor], target: Target) -> dict[str, dict[str, Tensor]]:
     """Tensors grouped by the Linear whose name begins theirs."""
-    modules: dict[str, Found] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if not name.startswith(ROOT):
             raise AdapterIncompatible(f"tensor {name} does not start with {ROOT}")
@@ -160,59 +70,117 @@ def _by_module(tensors: Mapping[str, Tensor], target: Target) -> dict[str, Found
             part = f"{leaf}.{part}"
         if not module:
             raise AdapterIncompatible(f"tensor {name} belongs to no Linear of this base")
-        found = modules.setdefault(module, Found(module, target.sites[module], {}, target))
-        found.tensors[part] = tensor
+        modules.setdefault(module, {})[part] = tensor
     return modules
 
 
-def _demand_biases(trained: str, modules: Mapping[str, Found], target: Target) -> None:
+def _demand_biases(trained: str, modules: Mapping[str, Mapping[str, Tensor]], target: Target) -> None:
     """A config that has trained the base's biases brings all of those that it means."""
     if trained == "none":
         return
     for module, shape in target.sites.items():
         if shape.bias_O is None:
             continue
-        found = modules.get(module)
-        if found is None and trained == "all":
+        given = modules.get(module)
+        if given is None and trained == "all":
             raise AdapterIncompatible(f"{module} lacks {BARE_BIAS}: the adapter's bias is {trained}")
-        if found is not None and not {WRAPPED_BIAS, BARE_BIAS} & found.tensors.keys():
+        if given is not None and not {WRAPPED_BIAS, BARE_BIAS} & given.keys():
             raise AdapterIncompatible(f"{module} lacks {WRAPPED_BIAS}: the adapter's bias is {trained}")
 
 
-def _own_bias(found: Found, trained: str) -> Tensor | None:
-    """What the adapter adds to the base's bias here; where its bias stands alone, nothing else may follow."""
-    part = WRAPPED_BIAS if WRAPPED_BIAS in found.tensors else BARE_BIAS
-    if trained == "none" or part not in found.tensors:
+def _own_bias(module: str, given: dict[str, Tensor], trained: str, target: Target) -> Tensor | None:
+    """What the adapter adds to the base's bias, taken out; where that stands alone, nothing else may follow."""
+    part = WRAPPED_BIAS if WRAPPED_BIAS in given else BARE_BIAS
+    if trained == "none" or part not in given:
         return None
-    base = found.shape.bias_O
-    if base is None:
-        raise AdapterIncompatible(f"{found.module} has {part}, but the base has no bias there")
-    own = found.take(part, found.outputs).to(base.device) - base.float()
-    if part == WRAPPED_BIAS and not found.tensors:
-        raise AdapterIncompatible(f"{found.module} has {part} and nothing else")
-    if part == BARE_BIAS and (found.tensors or trained != "all"):
-        raise AdapterIncompatible(f"{found.module} has {part}, which its config rules out")
-    return own
+    shape = target.sites[module]
+    if shape.bias_O is None:
+        raise AdapterIncompatible(f"{module} has {part}, but the base has no bias there")
+    own_O = given.pop(part)
+    expect(module, part, own_O, (shape.out_features,))
+    if part == WRAPPED_BIAS and not given:
+        raise AdapterIncompatible(f"{module} has {part} and nothing else")
+    if part == BARE_BIAS and (given or trained != "all"):
+        raise AdapterIncompatible(f"{module} has {part}, which its config rules out")
+    return own_O.float().to(shape.bias_O.device) - shape.bias_O.float()
 
 
-def _site_value(made: Change, own_bias_O: Tensor | None, target: Target) -> SiteValue:
+def _change(
+    config: Mapping[str, Any], module: str, given: Mapping[str, Tensor], target: Target, *, at: AtLinear
+) -> Change:
+    """What the kind makes of its tensors, when they are those that it demands of this Linear."""
+    shape = target.sites[module]
+    demanded = at.part(config, module, Linear(shape.in_features, shape.out_features))
+    if demanded.rank is not None and demanded.rank > target.max_rank:
+        raise AdapterIncompatible(f"rank {demanded.rank} of {module} is above max_rank {target.max_rank}")
+    if demanded.complaint is not None:
+        raise AdapterIncompatible(": ".join(demanded.complaint))
+    read = {}
+    for part, sizes in demanded.shapes.items():
+        if part not in given:
+            raise AdapterIncompatible(f"{module} lacks {part}")
+        expect(module, part, given[part], sizes)
+        read[part] = _integers(module, part, given[part]) if part in demanded.integers else given[part].float()
+    if left := sorted(given.keys() - read.keys()):
+        raise AdapterIncompatible(f"{module} has {' and '.join(left)}, which its config rules out")
+    weight = partial(target.weight, module)
+    found = Found(module, shape.in_features, shape.out_features, read, shape.bias_O, weight)
+    try:
+        return at.change(config, found)
+    except TensorsUnusable as error:
+        raise AdapterIncompatible(f"{module}: {error}") from error
+
+
+def _integers(module: str, part: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point():
+        raise AdapterIncompatible(f"{part} of {module} is {tensor.dtype}, places are whole numbers")
+    return tensor.long()
+
+
+def _of_low_rank(change: Change, module: str, target: Target) -> tuple[Change, float]:
+    """A change of full rank as the closest term of low rank, and its error."""
+    assert change.A_RI is None
+    if change.kron is not None:
+        A_RI, B_OR, error = closest_kron(*change.kron, module, target)
+    else:
+        assert change.full_OI is not None
+        A_RI, B_OR, error = closest(change.full_OI, module, target)
+    return replace(change, A_RI=A_RI, B_OR=B_OR, full_OI=None, kron=None), error
+
+
+def _site_value(change: Change, own_bias_O: Tensor | None, module: str, target: Target) -> SiteValue:
     """On the device; a rank of zero is no low-rank term at all."""
+    bias_O = change.bias_O
     if own_bias_O is not None:
-        both = own_bias_O if made.bias_O is None else made.bias_O.to(own_bias_O.device) + own_bias_O
-        made = replace(made, bias_O=both)
+        bias_O = own_bias_O if bias_O is None else bias_O.to(own_bias_O.device) + own_bias_O
     lowrank = None
-    if made.A_RI is not None and made.B_OR is not None and made.A_RI.shape[0]:
-        lowrank = LowRank(target.place(made.A_RI), target.place(made.B_OR))
+    if change.A_RI is not None and change.B_OR is not None and change.A_RI.shape[0]:
+        lowrank = LowRank(target.place(change.A_RI), target.place(change.B_OR))
     return SiteValue(
-        scale_in=None if made.excess_in_I is None else Scale(target.place(made.excess_in_I)),
-        scale_out=None if made.excess_out_O is None else Scale(target.place(made.excess_out_O)),
+        scale_in=None if change.excess_in_I is None else Scale(target.place(change.excess_in_I)),
+        scale_out=None if change.excess_out_O is None else Scale(target.place(change.excess_out_O)),
         lowrank=lowrank,
-        bias=None if made.bias_O is None else Bias(target.place(made.bias_O)),
-        delta=None if made.delta is None else target.place_delta(made.delta),
-        rotate_in=None if made.rotate_in is None else _placed(made.rotate_in, target),
-        rotate_out=None if made.rotate_out is None else _placed(made.rotate_out, target),
+        bias=None if bias_O is None else Bias(target.place(bias_O)),
+        delta=None if change.entries is None else _sparse(change.entries, module, target),
+        rotate_in=None if change.rotate_in is None else _placed(change.rotate_in, target),
+        rotate_out=None if change.rotate_out is None else _placed(change.rotate_out, target),
     )
 
 
-def _placed(rotation: Rotate, target: Target) -> Rotate:
+def _placed(rotation: Rotation, target: Target) -> Rotate:
     return Rotate(target.place(rotation.excess_BSS), rotation.stride)
+
+
+def _sparse(entries: Entries, module: str, target: Target) -> delta.Delta:
+    shape = target.sites[module]
+    _check_places(module, "row", entries.rows_N, shape.out_features)
+    _check_places(module, "column", entries.columns_N, shape.in_features)
+    sizes = (shape.out_features, shape.in_features)
+    return target.place_delta(delta.sparse(entries.rows_N, entries.columns_N, entries.values_N, shape=sizes))
+
+
+def _check_places(module: str, what: str, places_N: Tensor, below: int) -> None:
+    """Raises: AdapterIncompatible when one is outside."""
+    if places_N.numel() and not 0 <= int(places_N.min()) <= int(places_N.max()) < below:
+        outside = int(places_N.min()) if int(places_N.min()) < 0 else int(places_N.max())
+        raise AdapterIncompatible(f"{module} has an entry in {what} {outside}, outside 0 to {below - 1}")

@@ -10,13 +10,14 @@ Source: peft 0.21.2, tuners/lora/layer.py `ParamWrapper`, tuners/tuners_utils.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from server.adapters.lowering.linears import ROOT, expect, pattern_value
+from hub.families.linears import pattern_rank
+from hub.families.lora import scaling
+from server.adapters.lowering.linears import ROOT, expect
 from server.adapters.lowering.target import Target
 from server.errors import AdapterIncompatible
 from server.primitives.experts import ExpertsLowRank
@@ -56,19 +57,18 @@ def _fits(name: str, asked: str) -> bool:
 
 def _lower(config: Mapping[str, Any], name: str, prefix: str, left: dict[str, Tensor], target: Target) -> SiteValue:
     shape = target.parameters[name]
-    rank = int(pattern_value(config.get("rank_pattern"), name, config["r"]))
-    alpha = float(pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"]))
+    rank = pattern_rank(config, name)
     if rank > target.max_rank:
         raise AdapterIncompatible(f"rank {rank} of {name} is above max_rank {target.max_rank}")
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    factor = scaling(config, name, rank)
     number = shape.experts
     A = _take(left, name, f"{prefix}.lora_A.weight", (rank * number, shape.in_features))
     B = _take(left, name, f"{prefix}.lora_B.weight", (shape.out_features, rank * number))
     if number == 1:
-        return SiteValue(lowrank=LowRank(target.place(A), target.place(B * scaling)))
+        return SiteValue(lowrank=LowRank(target.place(A), target.place(B * factor)))
     A_ErI = A.view(number, rank, shape.in_features)
     B_EOr = B.view(shape.out_features, rank, number).permute(2, 0, 1)
-    return SiteValue(experts=ExpertsLowRank(target.place(A_ErI), target.place(B_EOr * scaling)))
+    return SiteValue(experts=ExpertsLowRank(target.place(A_ErI), target.place(B_EOr * factor)))
 
 
 def _take(left: dict[str, Tensor], name: str, stored: str, shape: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,8 @@
 """VeRA: two random matrices that all Linears share, and two learned vectors at each.
 
 The shared pair is as large as the largest adapted Linear; each takes its upper left part. It is saved with the adapter,
-or made anew from a seed exactly as PEFT makes it, on the CPU whatever the device.
+or made anew from a seed exactly as PEFT makes it, on the CPU whatever the device. So this kind's change needs a
+generator of torch's, and what all Linears share, and is not told in the hub.
 
 r rank, I in, O out.
 Source: Kopiczko et al. 2023 (arXiv:2310.11454); peft 0.21.2, tuners/vera/layer.py and model.py.
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.adapters.lowering.linears import Change, Found, expect, lower_linears
+from hub.families.change import Change, Found
+from hub.families.method import AtLinear, Config
+from hub.families.vera import part
+from server.adapters.lowering.linears import expect, lower_linears
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
 
@@ -37,12 +41,11 @@ def lower_vera(config: Mapping[str, Any], tensors: Mapping[str, Tensor], target:
     else:
         A_rI, B_Or = _made(config, *widest)
 
-    def change(found: Found) -> Change:
-        d_r = found.take("vera_lambda_d", rank)
-        b_O = found.take("vera_lambda_b", found.outputs)
+    def change(config: Config, found: Found) -> Change:
+        d_r, b_O = found.tensors["vera_lambda_d"], found.tensors["vera_lambda_b"]
         return Change(d_r[:, None] * A_rI[:, : found.inputs], b_O[:, None] * B_Or[: found.outputs])
 
-    return lower_linears(config, own, target, change=change)
+    return lower_linears(config, own, target, at=AtLinear(part, change))
 
 
 def _widest(own: Mapping[str, Tensor], target: Target) -> tuple[int, int]:

@@ -164,6 +164,14 @@ def write_ia3(folder: Path, base: Path, **changes: Any) -> Path:
     return write_adapter(folder, config, tensors)
 
 
+def write_router(folder: Path, base: Path, pins: Sequence[str], *, top_k: int = 2, seed: int = 0) -> Path:
+    """A good router, if its experts are in the hub that it is pushed to."""
+    config = {"peft_type": "LORA_MOE", "base_model_name_or_path": str(base), "experts": list(pins), "top_k": top_k}
+    random = np.random.default_rng(seed)
+    rows = {part: random.normal(size=(LAYERS, len(pins), HIDDEN)) for part in ("weight", "prompt_weight")}
+    return write_adapter(folder, config, {f"router.{part}": value.astype(np.float32) for part, value in rows.items()})
+
+
 def write_golden(folder: Path, *, rows: int = 2, length: int = 5) -> Path:
     """Golden rows beside an adapter."""
     tensors: dict[str, Array] = {}

@@ -12,7 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from hub import cli
+from hub.fidelity import OF_FULL_RANK
 from hub.registry import LocalHub
+from tests.unit.hub.kinds import CASES, write
 from tests.unit.hub.makers import write_golden, write_lora
 
 Run = Callable[..., "Outcome"]
@@ -226,3 +228,69 @@ def test_other_packages_add_commands_and_a_broken_one_breaks_only_itself(
     assert "no_such_package_anywhere, which is not installed: pip install" in run("needy", code=1).err
     listed = run("--help").out
     assert all(name in listed for name in ("push", "greet", "broken"))
+
+
+def shown_of(run: Run, folder: Path, recipe: dict[str, Any] | None, metrics: dict[str, Any] | None) -> tuple[str, Any]:
+    """The lines of `hub show` between size and parents, without their names' padding; and its JSON."""
+    for name, record in (("recipe.json", recipe), ("metrics.json", metrics)):
+        if record is not None:
+            (folder / name).write_text(json.dumps(record))
+    reference = json.loads(run("push", "--json", folder, "made").out)
+    what = f"made@{reference['version']}"
+    lines = dict(re.split(r" {2,}", line, maxsplit=1) for line in run("show", what).out.splitlines() if "  " in line)
+    return f"{lines['served']} / {lines.get('deviation')}", run("show", what, "--json").json
+
+
+FUSED = {"fusion": {"method": "ties", "density": 0.5}}
+LOSSY = {"relative_error": 0.8125, "worst_relative_error": 0.9, "worst_linear": "model.layers.1.self_attn.v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metrics", "told"),
+    [
+        (None, {"relative_error": 0.5}, "None"),
+        (
+            FUSED,
+            LOSSY,
+            "0.812 of the exact weighted sum of its parents (worst: 0.9 at model.layers.1.self_attn.v_proj)",
+        ),
+        (
+            {"fusion": {"method": "cat"}},
+            {**LOSSY, "relative_error": 2.5e-8},
+            "none from the exact weighted sum of its parents but rounding (2.5e-08)",
+        ),
+        (
+            {"extraction": {"rank": 4}},
+            {"relative_error": 0.1, "whole_relative_error": 0.2},
+            "0.1 of the difference of the two models at their Linears (0.2 with what was left out)",
+        ),
+        (FUSED, None, "not recorded; it stands for the exact weighted sum of its parents"),
+        (FUSED, {"relative_error": "small"}, "not recorded; it stands for the exact weighted sum of its parents"),
+        (FUSED, {"relative_error": 10**400}, "not recorded; it stands for the exact weighted sum of its parents"),
+        (FUSED, {"relative_error": True}, "not recorded; it stands for the exact weighted sum of its parents"),
+        ({"fusion": "all of them"}, LOSSY, "None"),
+    ],
+)
+def test_show_tells_what_is_served_exactly_from_what_is_stored_exactly(
+    run: Run, tmp_path: Path, base: Path, recipe: dict[str, Any] | None, metrics: dict[str, Any] | None, told: str
+) -> None:
+    line, shown = shown_of(run, write_lora(tmp_path / "a", base), recipe, metrics)
+    assert line == f"exactly as it is stored / {told}"
+    assert shown["served_exactly"] is shown["manifest"]["exact"] is True
+    if told == "None":
+        assert shown["deviation"] is None
+    else:
+        error = (metrics or {}).get("relative_error")
+        assert shown["deviation"]["relative_error"] == (error if type(error) is float else None)
+
+
+def test_show_tells_that_a_change_of_full_rank_is_approximated(run: Run, tmp_path: Path, base: Path) -> None:
+    case = CASES["lokr"]
+    line, shown = shown_of(run, write(tmp_path / "a", case, base), None, None)
+    assert line.startswith("at low rank: a server measures the error") and line.endswith("/ None")
+    assert shown["served_exactly"] is shown["manifest"]["exact"] is False
+
+
+def test_the_kinds_that_are_approximated_are_those_that_the_page_marks() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "hub.md").read_text()
+    assert set(re.findall(r"^\| `([\w-]+)`\* \|", page, re.MULTILINE)) == OF_FULL_RANK

@@ -332,6 +332,15 @@ def test_a_hub_that_stores_something_else_than_what_was_sent_is_not_believed(far
         far.hub.push(adapter, "legal")
 
 
+def test_a_kind_that_only_a_newer_hub_knows_is_listed_and_described(far: Far, adapter: Path) -> None:
+    digest = far.hub.push(adapter, "legal").digest
+    far.relay.replace(b'"kind":"lora"', b'"kind":"nova"')
+    assert far.hub.adapters()[0].versions[0].kind == far.hub.manifest(digest).kind == "nova"
+    far.relay.replace(b'"kind":"lora"', b'"kind":"no/a"')
+    with pytest.raises(Corrupt, match="is damaged: 1 fields do not fit"):
+        far.hub.manifest(digest)
+
+
 def test_a_watcher_learns_of_everything_and_is_told_when_the_hub_is_lost(far: Far, adapter: Path) -> None:
     watching = far.hub.watch(0)
     assert next(watching) == []

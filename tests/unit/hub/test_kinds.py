@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from safetensors.numpy import save_file
 
 from hub.base import describe_base, modules
 from hub.errors import Refused
-from hub.kind import KINDS
 from hub.methods import METHODS, Limits
 from hub.validate import validate, validate_kept
 from tests.unit.hub.kinds import CASES, RANK, ROOT, TARGETS, Case, config_of, tensors_of, write
@@ -28,9 +29,21 @@ def problems(folder: Path, **options: Any) -> list[str]:
     return [str(problem) for problem in refusal.value.problems]
 
 
-def test_the_table_has_every_kind_once() -> None:
-    assert sorted(method.kind for method in METHODS.values()) == sorted(KINDS)
+def test_every_kind_has_a_name_of_its_own() -> None:
+    assert len({method.kind for method in METHODS.values()}) == len(METHODS)
     assert {one.peft_type for one in CASES.values()} <= METHODS.keys()
+
+
+def test_the_table_of_kinds_needs_no_torch() -> None:
+    """Though it says what each computes."""
+    script = "import sys, hub.validate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_example_for_contributors_is_the_kind_itself() -> None:
+    root = Path(__file__).parents[3]
+    code = (root / "hub/families/miss.py").read_text().partition("from hub.ref import printable\n")[2].strip()
+    assert f"```python\n{code}\n```\n" in (root / "CONTRIBUTING.md").read_text()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,10 +16,10 @@ from safetensors.numpy import save_file
 from hub.blobs import BlobStore, DirectoryBlobs
 from hub.client import RemoteHub
 from hub.connect import open_hub
-from hub.errors import BadReference, Corrupt, HubUnavailable, NotFound, Refused
+from hub.errors import BadReference, Corrupt, HubUnavailable, InUse, NotFound, Refused
 from hub.ref import parse_reference
 from hub.registry import LocalHub
-from tests.unit.hub.makers import write_base, write_lora, write_prompt
+from tests.unit.hub.makers import write_base, write_lora, write_prompt, write_router
 
 LATER_S = 2 * 3600.0
 ARRIVAL_TIMEOUT_S = 30
@@ -242,3 +242,80 @@ def test_threads_may_share_a_hub(hub: LocalHub, tmp_path: Path, base: Path) -> N
         worker.join()
     (adapter,) = hub.adapters()
     assert [version.version for version in adapter.versions] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.fixture
+def pins(hub: LocalHub, base: Path, tmp_path: Path) -> list[str]:
+    """Two experts in the hub, as a router names them."""
+    folders = [write_lora(tmp_path / f"skill-{seed}", base, seed=seed) for seed in range(2)]
+    pushed = [hub.push(folder, folder.name) for folder in folders]
+    return [f"{one.name}@{one.digest}" for one in pushed]
+
+
+def lose(hub: LocalHub, name: str) -> None:
+    """Remove all versions of a name as a hub of before did, whatever pins them."""
+    with sqlite3.connect(hub.home / "catalogue.sqlite") as database:
+        database.execute("DELETE FROM aliases WHERE name = ?", (name,))
+        database.execute("UPDATE versions SET removed_at = '2026-01-01' WHERE name = ?", (name,))
+
+
+def test_an_expert_that_is_removed_while_its_router_is_pushed_refuses_the_push(
+    tmp_path: Path, hub: LocalHub, base: Path, pins: list[str]
+) -> None:
+    slow = PausingBlobs(DirectoryBlobs(hub.home / "blobs"))
+    pushing = LocalHub(hub.home, blobs=slow)
+    caught: list[Refused] = []
+
+    def push() -> None:
+        try:
+            pushing.push(write_router(tmp_path / "r", base, pins), "router")
+        except Refused as error:
+            caught.append(error)
+
+    worker = threading.Thread(target=push, daemon=True)
+    worker.start()
+    slow.arrive()
+    hub.remove("skill-1", 1)
+    while worker.is_alive():
+        slow.go_on.release()
+        worker.join(timeout=0.05)
+    assert "skill-1@sha256" in str(caught[0]) and "is no live version here" in str(caught[0])
+    assert hub.adapters("router") == []
+
+
+def test_a_catalogue_of_before_learns_what_its_routers_pin(
+    tmp_path: Path, hub: LocalHub, base: Path, pins: list[str]
+) -> None:
+    hub.push(write_router(tmp_path / "r", base, pins), "router")
+    with sqlite3.connect(hub.home / "catalogue.sqlite") as database:
+        database.execute("DROP TABLE pins")
+        database.execute("UPDATE alembic_version SET version_num = '0002'")
+    with pytest.raises(InUse, match="router router@1 pins it as expert"):
+        LocalHub(hub.home).remove("skill-0", 1)
+
+
+def test_what_a_live_router_pins_is_collected_only_after_it(
+    tmp_path: Path, hub: LocalHub, base: Path, pins: list[str]
+) -> None:
+    router = write_router(tmp_path / "r", base, pins)
+    hub.push(router, "router")
+    lose(hub, "skill-1")
+    assert hub.collect().blobs == 0
+    with pytest.raises(Refused, match=r"skill-1@1, sha256:\w{64}, was removed on 2026-01-01\); push that expert first"):
+        hub.push(router, "again")
+    assert hub.push(tmp_path / "skill-1", "skill-1").version == 2, "the same bytes: the router has its expert again"
+    assert not hub.push(router, "router").created
+    lose(hub, "skill-1")
+    hub.remove("router", 1)
+    assert hub.collect().blobs == 3, "router and expert; the config of the experts is one"
+
+
+def test_who_pins_is_told_only_to_those_who_see_it(tmp_path: Path, hub: LocalHub, base: Path, pins: list[str]) -> None:
+    for version in range(7):
+        hub.push(write_router(tmp_path / f"r{version}", base, pins, seed=version), f"router-{version}")
+    with pytest.raises(InUse, match=r"router-0@1, .*, router-4@1 and 2 more pin it"):
+        hub.remove("skill-0", 1)
+    with pytest.raises(InUse, match=r"router router-3@1 pins it as expert; remove that first: hub rm router-3@1$"):
+        hub.remove("skill-0", 1, sees=lambda name: name == "router-3")
+    with pytest.raises(InUse, match="in use: routers under names that you do not see pin it"):
+        hub.remove("skill-0", 1, sees=lambda name: name == "skill-0")

@@ -74,6 +74,7 @@ def make_base(folder: Path, *, hidden: int = 32, seed: int = 0) -> Path:
 CONFIGS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "lora-16": lambda: LoraConfig(r=16, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "lora-head": lambda: LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"),
     "dora": lambda: LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "alora": lambda: LoraConfig(
         r=4, alora_invocation_tokens=[7], target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"

@@ -14,13 +14,15 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
+from hub.client import RemoteHub
+from hub.errors import Refused
 from hub.http.access import OPEN, needs
 from hub.http.app import create_app
 from hub.http.config import RegistryConfig
 from hub.keys import SCOPES
 from hub.registry import LocalHub
 from tests.registries import ADMIN_KEY, READ_KEY, threaded
-from tests.unit.hub.makers import write_base, write_lora
+from tests.unit.hub.makers import write_base, write_lora, write_router
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 # Of one length, so that also the sizes of answers must be equal. A key for team/* sees the third one only, if it were.
@@ -94,6 +96,7 @@ class Service:
 
     client: httpx.Client
     hub: LocalHub
+    base: Path
     digest: str
     hidden_digest: str
 
@@ -113,7 +116,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     digest = hub.push(write_lora(root / "one", base), "team/legal").digest
     hidden = hub.push(write_lora(root / "two", base, seed=1), HIDDEN, aliases=["prod"]).digest
     with threaded(hub) as url, httpx.Client(base_url=url, timeout=30) as client:
-        yield Service(client, hub, digest, hidden)
+        yield Service(client, hub, base, digest, hidden)
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +288,34 @@ def test_a_digest_that_a_key_does_not_see_is_answered_like_one_that_is_not_there
     assert hidden == absent
     assert hidden[0] == 404
     assert service.ask("GET", path.replace("{}", service.digest), key).status_code == 200
+
+
+def test_an_expert_that_a_key_does_not_see_cannot_be_pinned(service: Service, tmp_path: Path) -> None:
+    team = RemoteHub(str(service.client.base_url), key=service.key("push", names=("team/*",)))
+    words = []
+    for number, pin in enumerate((f"{HIDDEN}@{service.hidden_digest}", f"{ABSENT}@{service.hidden_digest}")):
+        pins = [f"team/legal@{service.digest}", pin]
+        with pytest.raises(Refused) as refusal:
+            team.push(write_router(tmp_path / str(number), service.base, pins), "team/router")
+        words.append(str(refusal.value).replace(HIDDEN, "NAME").replace(ABSENT, "NAME"))
+    assert words[0].partition("@")[2] == words[1].partition("@")[2]
+    assert "is not in this hub (there is no adapter NAME)" in words[0]
+    team.close()
+
+
+def test_the_refusal_to_remove_an_expert_names_no_router_that_a_key_does_not_see(
+    service: Service, tmp_path: Path
+) -> None:
+    pins = [f"team/legal@{service.digest}", f"{HIDDEN}@{service.hidden_digest}"]
+    service.hub.push(write_router(tmp_path / "r", service.base, pins), "other/router")
+    try:
+        for key, words in ((ADMIN_KEY, "hub rm other/router@1"), (service.key("admin", names=("team/*",)), "not see")):
+            answer = service.ask("DELETE", "/api/v1/versions/team/legal?version=1", key)
+            assert error(answer) == (409, "in_use")
+            message = answer.json()["error"]["message"]
+            assert words in message and ("router@1" in message) == (key == ADMIN_KEY)
+    finally:
+        service.hub.remove("other/router", 1)
 
 
 @pytest.mark.parametrize("path", ["/api/v1/adapters", "/api/v1/history?after=0", "/api/models", "/api/v1/whoami",

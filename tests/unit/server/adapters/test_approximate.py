@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.lowering.approximate import ROUNDING, check_errors, closest
-from server.adapters.lowering.lokr import lower_lokr
+from server.adapters.lowering.table import lower
 from server.adapters.lowering.target import Target
 from server.errors import AdapterIncompatible
 from server.primitives.site import SiteShape
@@ -71,7 +71,7 @@ def test_a_kronecker_product_is_as_close_as_its_whole_would_be(limit: float) -> 
     w1, w2 = torch.randn(3, 4), torch.randn(4, 5)
     tensors = {"base_model.model.q.lokr_w1": w1, "base_model.model.q.lokr_w2": w2}
     onto = replace(target(limit), sites={"q": SiteShape(IN, OUT, None)})
-    lowered = lower_lokr({"r": 5, "alpha": 10}, tensors, onto)
+    lowered = lower("lokr", {"r": 5, "alpha": 10}, tensors, onto)
     A, B, error = closest(2 * torch.kron(w1, w2), "q", onto)
     found = lowered.sites["q"].lowrank
     assert found is not None

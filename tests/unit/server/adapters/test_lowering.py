@@ -14,11 +14,10 @@ from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 from torch import Tensor
 
-from hub.families.lokr import factors as hub_factors
-from hub.families.oft import fitting as hub_fitting
-from server.adapters.lowering import oft
-from server.adapters.lowering.lokr import factors
-from server.adapters.lowering.table import LOWERINGS, lower
+from hub.families import oft
+from hub.families.lokr import factors
+from hub.methods import METHODS
+from server.adapters.lowering.table import LOWERINGS, OWN, lower
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
 from server.primitives import rotate
@@ -137,15 +136,20 @@ def refusal(case: str, given: Mapping[str, Tensor], **changes: Any) -> str:
     return caught.value.message
 
 
-def test_every_kind_that_changes_linears_is_here() -> None:
-    others = {"sparse", "prefix", "prompt", "p-tuning", "bottleneck", "loreft"}
-    others |= {"bitfit", "ln-tuning", "trainable-tokens", "lora-moe"}
-    assert {kind for kind, _, _ in CASES.values()} | others == LOWERINGS.keys()
+def test_every_kind_of_the_hub_is_lowered_in_one_place() -> None:
+    assert LOWERINGS.keys() == {method.kind for method in METHODS.values()}
+    assert {method.kind for method in METHODS.values() if method.at_linear is not None}.isdisjoint(OWN)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_good_file_becomes_a_site_for_every_module(case: str) -> None:
     assert lowered(case, tensors(case, Q, V)).sites.keys() == {Q, V}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_approximated_is_what_the_table_calls_of_full_rank(case: str) -> None:
+    [method] = [method for method in METHODS.values() if method.kind == CASES[case][0]]
+    assert (lowered(case, tensors(case, Q)).approximation is not None) == method.full_rank
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -265,8 +269,9 @@ def test_veras_shared_pair_is_saved_or_made_but_not_both() -> None:
 
 
 def test_miss_needs_a_rank_and_a_width_that_fit_the_linear() -> None:
-    assert "r 7 and mini_r 8 do not fit the 6 inputs and 8 outputs" in refusal("miss", tensors("miss", Q), r=7)
-    assert "mini_r 3 do not fit" in refusal("miss-mini", tensors("miss-mini", Q), mini_r=3)
+    assert refusal("miss", tensors("miss", Q), r=7) == f"r: 7 is above the {IN} inputs of {Q}"
+    says = refusal("miss-mini", tensors("miss-mini", Q), mini_r=3)
+    assert says == f"mini_r: 3 does not divide the {OUT} outputs of {Q}"
 
 
 def test_reflections_that_depend_on_each_other_have_no_gram_schmidt() -> None:
@@ -325,30 +330,29 @@ def test_a_butterfly_of_several_factors_is_pefts() -> None:
 
 
 def test_blocks_that_do_not_fit_are_refused() -> None:
-    assert "boft_block_size 4 and" in refusal("boft", tensors("boft", Q), boft_block_size=4)
-    assert "do not fit the 6 inputs" in refusal("boft", tensors("boft", Q), boft_n_butterfly_factor=2)
-    assert "group_size 6 does not divide the 8 outputs" in refusal("road", tensors("road", Q), group_size=6)
-    assert "block_size 3 does not divide the 6 inputs and 8 outputs" in refusal("c3a", tensors("c3a", Q), block_size=3)
-    assert "n_frequency 49 is above the 48 weights" in refusal("fourierft", tensors("fourierft", Q), n_frequency=49)
+    assert "boft_block_size: 4 does not divide the 6" in refusal("boft", tensors("boft", Q), boft_block_size=4)
+    assert "needs blocks of an even size" in refusal("boft", tensors("boft", Q), boft_n_butterfly_factor=2)
+    assert "group_size: 6 does not divide the 8 outputs" in refusal("road", tensors("road", Q), group_size=6)
+    assert "block_size: 3 does not divide the 6 inputs and 8 outputs" in refusal("c3a", tensors("c3a", Q), block_size=3)
+    assert "n_frequency: 49 is above the 48 weights" in refusal("fourierft", tensors("fourierft", Q), n_frequency=49)
 
 
 @pytest.mark.parametrize("size", range(1, 130))
 def test_sizes_are_found_as_peft_finds_them(size: int) -> None:
-    """By the hub and by the server, each in its own way."""
     for wanted in (-1, *range(1, 14), 64, 500):
-        assert factors(size, wanted) == hub_factors(size, wanted) == factorization(size, wanted)
+        assert factors(size, wanted) == factorization(size, wanted)
     for wanted in range(1, size):
         adjusted = OFTLayer.adjust_oft_parameters(None, size, wanted)
-        assert oft.fitting(size, wanted) == hub_fitting(size, wanted) == (wanted if size % wanted == 0 else adjusted)
-    assert oft.fitting(size, size + 3) == hub_fitting(size, size + 3) == size
+        assert oft.fitting(size, wanted) == (wanted if size % wanted == 0 else adjusted)
+    assert oft.fitting(size, size + 3) == size
 
 
 def test_places_of_entries_are_checked() -> None:
     good = tensors("shira", Q)
     rows = {**good, f"{ROOT}{Q}.shira_indices": good[f"{ROOT}{Q}.shira_indices"] + 1}
-    assert f"{Q} has an entry at 6, outside 0 to 5" in refusal("shira", rows)
+    assert f"{Q} has an entry in column 6, outside 0 to 5" in refusal("shira", rows)
     below = {**good, f"{ROOT}{Q}.shira_indices": good[f"{ROOT}{Q}.shira_indices"] - 1}
-    assert f"{Q} has an entry at -1, outside 0 to 7" in refusal("shira", below)
+    assert f"{Q} has an entry in row -1, outside 0 to 7" in refusal("shira", below)
     floats = {**good, f"{ROOT}{Q}.shira_indices": good[f"{ROOT}{Q}.shira_indices"].float()}
     assert "shira_indices of layers.0.q is torch.float32, places are whole numbers" in refusal("shira", floats)
 
@@ -371,10 +375,10 @@ def test_a_sparse_change_stands_row_by_row() -> None:
 @pytest.mark.parametrize(
     ("places", "values", "entries", "says"),
     [
-        ([0, 7, 48], [1, 2, 3], {Q: 3}, f"{Q} has an entry at 48, outside 0 to 47"),
-        ([-1, 7, 9], [1, 2, 3], {Q: 3}, f"{Q} has an entry at -1, outside 0 to 47"),
-        ([7, 7, 9], [1, 2, 3], {Q: 3}, f"sparse_indices of {Q} do not ascend strictly"),
-        ([9, 7, 8], [1, 2, 3], {Q: 3}, f"sparse_indices of {Q} do not ascend strictly"),
+        ([0, 7, 48], [1, 2, 3], {Q: 3}, f"{Q} has an entry in row 8, outside 0 to 7"),
+        ([-1, 7, 9], [1, 2, 3], {Q: 3}, f"{Q} has an entry in row -1, outside 0 to 7"),
+        ([7, 7, 9], [1, 2, 3], {Q: 3}, f"{Q}: sparse_indices do not ascend strictly"),
+        ([9, 7, 8], [1, 2, 3], {Q: 3}, f"{Q}: sparse_indices do not ascend strictly"),
         ([7, 8, 9], [1, 2, 3], {Q: 2}, f"sparse_indices of {Q} has shape [3], this base needs [2]"),
         ([7, 8, 9], [1, 2], {Q: 3}, f"sparse_values of {Q} has shape [2], this base needs [3]"),
         ([7, 8, 9], [1, 2, torch.inf], {Q: 3}, "is no finite number"),
