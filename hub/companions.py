@@ -20,6 +20,7 @@ from hub.digest import sha256_of_stream
 from hub.errors import Problem, Refused
 from hub.manifest import CONFIG_FILE, MANIFEST_FILE, FileEntry, identity
 from hub.methods import canonical_config, method_of
+from hub.pins import PINNING_FIELD, Pin, pins_of
 from hub.ref import check_alias, check_name, printable
 from hub.strict_json import BadJson, parse
 from hub.validate import TEXT_BYTES, open_regular
@@ -30,8 +31,7 @@ EXPERTS_FOLDER = "experts"
 @dataclass(frozen=True, slots=True)
 class Companion:
     folder: Path
-    name: str
-    digest: str
+    pin: Pin
 
 
 def expert_folder(router: Path, name: str) -> Path:
@@ -47,17 +47,19 @@ def companions(folder: Path) -> tuple[Companion, ...]:
     place = folder / EXPERTS_FOLDER
     if place.is_symlink() or not place.is_dir() or not (pins := _pins(folder)):
         return ()
-    wanted = {expert_folder(folder, name).name: (name, digest) for name, digest in pins}
+    wanted = {expert_folder(folder, pin.name).name: pin for pin in pins}
     found = {path.name: path for path in sorted(place.iterdir())}
     problems = [
         Problem(f"{EXPERTS_FOLDER}/{printable(name)}", None, "is no expert that the router pins: remove it")
         for name in found
         if name not in wanted
     ]
-    there = [Companion(found[one], *pin) for one, pin in wanted.items() if one in found]
+    there = [Companion(found[one], pin) for one, pin in wanted.items() if one in found]
     for one in there:
-        if (digest := folder_digest(one.folder)) != one.digest:
-            reason = f"is {digest}, where the router pins {one.digest}: it is not the expert that was trained with it"
+        if (digest := folder_digest(one.folder)) != one.pin.digest:
+            reason = (
+                f"is {digest}, where the router pins {one.pin.digest}: it is not the expert that was trained with it"
+            )
             problems.append(Problem(f"{EXPERTS_FOLDER}/{one.folder.name}", None, reason))
     if problems:
         raise Refused(printable(folder.name), problems)
@@ -77,7 +79,7 @@ def push_whole(
     with TemporaryDirectory() as room:
         flat = Path(room) / folder.absolute().name
         _copy_flat(folder, flat)
-        experts = tuple(hub.push(one.folder, one.name, note=f"expert of {name}", base=base) for one in there)
+        experts = tuple(hub.push(one.folder, one.pin.name, note=f"expert of {name}", base=base) for one in there)
         return hub.push(flat, name, aliases=aliases, note=note, base=base), experts
 
 
@@ -97,16 +99,15 @@ def folder_digest(folder: Path) -> str:
     return identity(canonical_config(config), tuple(entries))
 
 
-def _pins(folder: Path) -> list[tuple[str, str]]:
-    """Name and digest of every expert, if this is a router."""
+def _pins(folder: Path) -> tuple[Pin, ...]:
+    """What the adapter pins; nothing where that cannot be told, which the push then says."""
     if not (folder / CONFIG_FILE).exists():
-        return []
+        return ()
     config = _config(folder)
     method = method_of(config)
-    if isinstance(method, str) or method.kind != "lora-moe" or method.fields["experts"].check(config.get("experts")):
-        return []  # the push says what is wrong
-    parted = (item.partition("@") for item in config["experts"])
-    return [(name, digest) for name, _, digest in parted]
+    if isinstance(method, str) or PINNING_FIELD not in method.fields:
+        return ()
+    return pins_of(config) if method.fields[PINNING_FIELD].check(config.get(PINNING_FIELD)) is None else ()
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def build(model: Any, config: Mapping[str, Any]) -> Router:
 
     Raises: ExpertUnfit, HubError.
     """
-    beside = {} if "folder" not in config else {one.digest: one.folder for one in companions(config["folder"])}
+    beside = {} if "folder" not in config else {one.pin.digest: one.folder for one in companions(config["folder"])}
     experts = []
     for reference in config["experts"]:
         parsed = parse_reference(reference)
