@@ -46,9 +46,10 @@ class LoraMoeOptions(Options):
     @field_validator("experts", mode="before")
     @classmethod
     def experts_are_adapters(cls, value: Any) -> Any:
-        if isinstance(value, int):
+        alone = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value  # a flag makes a list of it
+        if str(alone).isdecimal():
             raise ValueError(
-                f"experts {value}: a router is trained over adapters of the hub, not over a number of new ones; "
+                f"experts {alone}: a router is trained over adapters of the hub, not over a number of new ones; "
                 "train those first, with --method lora on the rows of each"
             )
         return value

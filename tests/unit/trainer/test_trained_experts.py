@@ -231,6 +231,7 @@ def test_a_push_names_the_experts_that_have_no_names(tiny_base: Path, chats: Pat
     ("options", "says"),
     [
         ({"experts": 4}, "experts 4: a router is trained over adapters of the hub, not over a number of new ones"),
+        ({"experts": ["4"]}, "experts 4: a router is trained over adapters of the hub, not over a number of new ones"),
         ({"experts": ["a", "b"], "expert_rate": 0.2}, "expert_rate: only with experts_are: trained"),
         ({**TRAINED, "expert_names": ["one"]}, "expert_names are 1, experts 2"),
         ({**TRAINED, "expert_names": ["one", "Two"]}, "expert_names: 'Two' does not fit"),
