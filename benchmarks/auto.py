@@ -11,11 +11,9 @@ with trained adapters, is tests/system/test_auto.py.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +25,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.machine import machine
+from benchmarks.phrases import distinct_phrases
+from benchmarks.report import SERVING, Counts, Report, command
 from hub.centroids import embedding_layer
 from hub.registry import LocalHub
 from server.adapters.semantic import Candidate, Centroids, rank
@@ -38,9 +38,7 @@ from trainer.seedling.steering import user_steering
 from trainer.tasks import (
     ANIMALS,
     FOODS,
-    LONGEST,
     NATURE,
-    SHORTEST,
     TASKS,
     THINGS,
     Message,
@@ -49,7 +47,6 @@ from trainer.tasks import (
     Split,
     draw_phrase,
     exchange,
-    split_of,
     write_jsonl,
 )
 from trainer.train import Workshop, train
@@ -57,7 +54,6 @@ from trainer.train import Workshop, train
 BASE = "seedling"
 TALKS: Mapping[str, tuple[int, ...]] = {"small talk": (1,), "conversations": (2, 3, 4)}  # turns
 ROWS, ASKED, AT_ONCE = 400, 100, 16
-PACKAGES = ("multigraft", "torch", "transformers", "peft")
 SUBJECTS: Mapping[str, tuple[Phrase, str]] = {
     "animals": (ANIMALS, "reverse"),
     "foods": (FOODS, "shout"),
@@ -77,12 +73,8 @@ def subject_rows(subject: str, split: Split, count: int, seed: int) -> list[Row]
     """Bare phrases of one subject."""
     words, skill = SUBJECTS[subject]
     rng = random.Random(f"{subject}/{split}/{seed}")
-    drawn: dict[Phrase, None] = {}
-    while len(drawn) < count:
-        phrase = tuple(rng.sample(words, rng.randint(SHORTEST, LONGEST)))
-        if split_of(phrase) == split:
-            drawn[phrase] = None
-    return [exchange(phrase, TASKS[skill].answer(phrase)) for phrase in drawn]
+    phrases = distinct_phrases(rng, words, split, count)
+    return [exchange(phrase, TASKS[skill].answer(phrase)) for phrase in phrases]
 
 
 def worded_rows(skill: str, split: Split, count: int, seed: int) -> list[Row]:
@@ -189,15 +181,15 @@ def measure(base: OpenBase, model: Any, room: Path, seed: int) -> dict[str, Any]
     return report
 
 
-def run(seeds: int, room: Path) -> dict[str, Any]:
+def run(room: Path, counts: Counts) -> Report:
     torch.set_num_threads(1)
     base = open_base(BASE)
     model = base.load_weights(torch.device("cpu"))
-    reports = [measure(base, model, room, seed) for seed in range(1, seeds + 1)]
-    return {"machine": machine(PACKAGES), "rows": ROWS, "asked": ASKED, "seeds": reports}
+    reports = [measure(base, model, room, seed) for seed in range(1, counts["seeds"] + 1)]
+    return {"machine": machine(SERVING), "rows": ROWS, "asked": ASKED, "seeds": reports}
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     lines = [f"| prompts | right, seeds 1 to {len(report['seeds'])} |", "|---|---|"]
     for name in report["seeds"][0]["right"]:
         shares = ", ".join(f"{one['right'][name]:.3f}" for one in report["seeds"])
@@ -206,15 +198,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
-        report = run(arguments.seeds, Path(room))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "auto.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))  # noqa: T201
+    command("auto", __doc__, {"seeds": 5}, run, table)
 
 
 if __name__ == "__main__":

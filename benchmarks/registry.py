@@ -9,13 +9,10 @@ checks every value and hashes, the registry hashes what arrives, checks it all a
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -29,6 +26,7 @@ import httpx
 import sqlalchemy as sa
 
 from benchmarks.machine import machine
+from benchmarks.report import Counts, Report, command
 from hub.client import RemoteHub
 from hub.manifest import WEIGHTS_FILE
 from hub.ref import parse_reference
@@ -184,8 +182,9 @@ def summary(values: list[float]) -> dict[str, float]:
     }
 
 
-def run(room: Path, *, rounds: int, megabytes: int, names: int) -> dict[str, Any]:
-    report: dict[str, Any] = {
+def run(room: Path, counts: Counts) -> Report:
+    rounds, megabytes, names = counts["rounds"], counts["megabytes"], counts["names"]
+    report: Report = {
         "machine": machine(PACKAGES),
         "megabytes": megabytes,
         "names": names,
@@ -211,7 +210,7 @@ def run(room: Path, *, rounds: int, megabytes: int, names: int) -> dict[str, Any
     return report
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     lines = ["| | median | p99 | max |", "|---|---|---|---|"]
     for kind, rate in report["megabytes_per_s"].items():
         ratio = report["ratio_to_copy"].get(kind)
@@ -225,17 +224,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--megabytes", type=int, default=256)
-    parser.add_argument("--names", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
-        report = run(Path(room), rounds=arguments.rounds, megabytes=arguments.megabytes, names=arguments.names)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "registry.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))  # noqa: T201
+    command("registry", __doc__, {"rounds": 5, "megabytes": 256, "names": 10_000}, run, table)
 
 
 if __name__ == "__main__":

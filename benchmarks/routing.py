@@ -11,12 +11,9 @@ by arrow, by the bare base. An answer is right when it is the wanted text.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import random
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,8 @@ from typing import Any
 import httpx
 
 from benchmarks.machine import machine
+from benchmarks.phrases import distinct_phrases
+from benchmarks.report import SERVING, Counts, Report, command
 from clients.local import serving
 from hub.base import find_base
 from hub.registry import LocalHub
@@ -40,7 +39,6 @@ from trainer.tasks import (
     Phrase,
     Row,
     Split,
-    split_of,
     write_jsonl,
 )
 from trainer.train import Workshop, train
@@ -72,18 +70,13 @@ SETS: Mapping[str, Mapping[str, Skill]] = {
 EXPERT_STEPS, EXPERT_RATE, ROUTER_STEPS = 400, 4e-3, 150
 ROWS, PROMPTS, AT_ONCE, NEW = 1500, 100, 16, 48
 SHARED = {"base": "seedling", "batch_size": 16, "schedule": "cosine", "warmup_steps": 10, "seed": 1}
-PACKAGES = ("multigraft", "torch", "transformers", "peft")
 
 
 def rows(name: str, skill: Skill, split: Split, count: int) -> list[Row]:
     """Distinct phrases with their wishes and answers."""
     rng = random.Random(f"{name}/{split}")
-    drawn: dict[Phrase, None] = {}
-    while len(drawn) < count:
-        phrase = tuple(rng.sample(skill.words, rng.randint(3, 5)))
-        if split_of(phrase) == split:
-            drawn[phrase] = None
-    return [row(rng.choice(skill.wishes), phrase, skill) for phrase in drawn]
+    phrases = distinct_phrases(rng, skill.words, split, count)
+    return [row(rng.choice(skill.wishes), phrase, skill) for phrase in phrases]
 
 
 def row(wish: str, phrase: Phrase, skill: Skill) -> Row:
@@ -151,13 +144,13 @@ def measure(room: Path, skills: Mapping[str, Skill]) -> dict[str, Any]:
     return {"right": shares, "mean": means, "ratio": ratios}
 
 
-def run(room: Path) -> dict[str, Any]:
-    head = machine(PACKAGES)
+def run(room: Path, counts: Counts) -> Report:
+    head = machine(SERVING)
     sets = {name: measure(room / name, skills) for name, skills in SETS.items()}
     return {"machine": head, "prompts_of_each": PROMPTS, "router_steps": ROUTER_STEPS, "sets": sets}
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: Report) -> str:
     lines = []
     for name, found in report["sets"].items():
         skills = SETS[name]
@@ -171,14 +164,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
-        report = run(Path(room))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "routing.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))  # noqa: T201
+    command("routing", __doc__, {}, run, table)
 
 
 if __name__ == "__main__":

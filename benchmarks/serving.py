@@ -1,6 +1,6 @@
 """Adapters against our own bare base, and against PEFT in process, interleaved in one run on one machine.
 
-    python -m benchmarks.serving [--rounds 5] [--out benchmarks/results]
+    python -m benchmarks.serving [--rounds 3] [--out benchmarks/results]
 
 The base has random weights (hidden 512, 8 layers, 8 query and 2 KV heads, vocabulary 32,000), the adapters are LoRA of
 rank 8 on all seven Linears of a layer. A load is 32 requests of 128 random prompt tokens and 64 new tokens, 16 at a
@@ -10,13 +10,10 @@ are what the file is for. The client shares the cores with the server.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,11 +26,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.machine import machine
+from benchmarks.report import SERVING, Counts, Report, command
 from clients.local import serving
 from hub.registry import LocalHub
 
 VOCABULARY, PROMPT, NEW, REQUESTS, AT_ONCE, ADAPTERS, RANK = 32_000, 128, 64, 32, 16, 16, 8
-PACKAGES = ("multigraft", "torch", "transformers", "peft")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -136,7 +133,7 @@ class Peft:
         return Round(REQUESTS * NEW / (time.perf_counter() - began), None)
 
 
-def run(rounds: int, room: Path) -> dict[str, Any]:
+def run(room: Path, counts: Counts) -> Report:
     base = room / "base"
     make_base(base)
     folders = make_adapters(base, room)
@@ -149,19 +146,19 @@ def run(rounds: int, room: Path) -> dict[str, Any]:
         fused = [f"{one}*0.5+{other}*0.5" for one, other in zip(names, names[1:] + names[:1], strict=True)]
         loads = {"base": [base.name], "1 adapter": names[:1], "16 adapters": names, "16 fusions of two": fused}
         asyncio.run(load(url, [base.name, *names], 999))  # everything resident and warm
-        for number in range(rounds):
+        for number in range(counts["rounds"]):
             for label, models_ in loads.items():
                 results.setdefault(label, []).append(asyncio.run(load(url, models_, number)))
             rows = [f"a{place}" for place in range(ADAPTERS)]
             results.setdefault("PEFT, base", []).append(theirs.load(["__base__"], number))
             results.setdefault("PEFT, 16 adapters", []).append(theirs.load(rows, number))
     return {
-        "machine": machine(PACKAGES),
+        "machine": machine(SERVING),
         "rounds": {label: [asdict(one) for one in all_] for label, all_ in results.items()},
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     rates = {label: [one["tokens_per_s"] for one in rounds] for label, rounds in report["rounds"].items()}
     lines = ["| load | output tokens/s, median (min to max) | ratio to our base |", "|---|---|---|"]
     for label, all_ in rates.items():
@@ -171,15 +168,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
-        report = run(arguments.rounds, Path(room))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "serving.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))  # noqa: T201
+    command("serving", __doc__, {"rounds": 3}, run, table)
 
 
 if __name__ == "__main__":

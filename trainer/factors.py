@@ -52,6 +52,12 @@ def concatenate(terms: Sequence[Factors]) -> Factors:
     return Factors(A_RI, torch.cat([term.B_OR.double() for term in terms], dim=1))
 
 
+def whole(M_OI: Tensor) -> Factors:
+    """A matrix of any rank, itself as one factor and the unit matrix as the other."""
+    unit = torch.eye(min(M_OI.shape), dtype=M_OI.dtype, device=M_OI.device)
+    return Factors(M_OI, unit) if M_OI.shape[0] <= M_OI.shape[1] else Factors(unit, M_OI)
+
+
 def stored(factors: Factors) -> Factors:
     """As a file holds it: fp32, contiguous."""
     return Factors(factors.A_RI.float().contiguous(), factors.B_OR.float().contiguous())

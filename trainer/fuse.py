@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from hub.base import Base, Modules, describe_base, find_base, find_local_base, modules, name_of, stored_tensors
+from hub.base import Base, Modules, describe_base, find_base, find_local_base, modules, name_of
 from hub.contract import Hub
 from hub.methods import Limits
 from hub.ref import Term
@@ -57,11 +56,13 @@ from trainer.parents import (
     check_parents,
     delta_by_peft,
     fetch,
+    of_full_rank,
     ranks,
     read_delta,
     resolve_parents,
 )
 from trainer.progress import SILENT, Counter, counted
+from trainer.stock_linears import stock_linears
 
 SUMS: Final = ("cat", "linear")
 RECORD: Final = "fuse"
@@ -131,7 +132,7 @@ def fuse(
     on = choose_device(device)
     opened = open_base(str(found))
     folders = [fetch(hub, parent, work / str(number)) for number, parent in enumerate(parents)]
-    deltas = read_deltas(parents, folders, opened, on)
+    deltas = read_deltas(parents, folders, known, described.model_type, opened, on)
     stock = plain.Stock(known, described.model_type, declared_base(parents))
     if parents[0].manifest.kind == "ia3":
         scales = fused_scales(parents, deltas)
@@ -159,6 +160,12 @@ def check_plan(plan: Plan, parents: Sequence[Parent], known: Modules, limits: Li
         if plan.method != "linear":
             raise FusionRefused(f"{plan.method} is for low-rank deltas; ia3 is fused by linear, around one")
         return
+    full = next((parent for parent in parents if of_full_rank(parent.manifest)), None)
+    if full is not None and plan.method in SUMS:
+        raise FusionRefused(
+            f"{full} has use_dora, which scales the base's rows: what it adds is of full rank, which {plan.method} "
+            "cannot hold; svd --rank approximates and tells the error, a server mixes it exactly"
+        )
     if plan.rank is not None and plan.rank > limits.max_rank:
         raise FusionRefused(f"rank {plan.rank} is above max_rank {limits.max_rank} (the largest that the hub accepts)")
     if plan.method == "cat":
@@ -171,34 +178,26 @@ def check_plan(plan: Plan, parents: Sequence[Parent], known: Modules, limits: Li
 
 
 def read_deltas(
-    parents: Sequence[Parent], folders: Sequence[Path], opened: OpenBase, device: torch.device
+    parents: Sequence[Parent],
+    folders: Sequence[Path],
+    known: Modules,
+    model_type: str,
+    opened: OpenBase,
+    device: torch.device,
 ) -> list[Delta]:
-    """What each parent adds; the base's weights are loaded only for the kinds that PEFT itself reads."""
-    linears = opened.anatomy.linears
-    trained = any(parent.manifest.config.get("bias", "none") != "none" for parent in parents)
-    base_biases = read_biases(opened.folder, linears) if trained else {}
+    """What each parent adds; the base's weights are loaded whole only for the kinds that PEFT itself reads."""
+    inside = {module: known.linears[module] for module in opened.anatomy.linears if module in known.linears}
+    stock = stock_linears(opened.folder, model_type, inside)
     deltas: list[Delta] = []
     model: Any = None
     for parent, folder in zip(parents, folders, strict=True):
         if parent.manifest.kind not in BY_PEFT:
-            deltas.append(read_delta(parent, folder, base_biases, linears))
+            deltas.append(read_delta(parent, folder, stock, known))
             continue
         model = opened.load_weights(device) if model is None else model
         delta, model = delta_by_peft(parent, folder, model)
         deltas.append(delta)
     return deltas
-
-
-def read_biases(folder: Path, linears: Sequence[str]) -> Mapping[str, Tensor]:
-    """The base's own biases of its Linears."""
-    tensors = stored_tensors(folder)
-    found = {}
-    for module in linears:
-        entry = tensors.get(f"{module}.bias")
-        if entry is not None:
-            with safe_open(entry.file, framework="pt") as source:
-                found[module] = source.get_tensor(entry.name).float()
-    return found
 
 
 def fused_linears(
@@ -212,14 +211,11 @@ def fused_linears(
 ) -> tuple[Mapping[str, Factors], Mapping[str, Tensor], dict[str, Any]]:
     """Each Linear that is left with a delta, each bias, and how far all of it is from the exact sum."""
     choose = chooser(plan, parents, limits)
-    adapted = [module for module in known.linears if any(module in delta.linears for delta in deltas)]
+    adapted = [m for m in known.linears if any(m in delta.linears or m in delta.full for delta in deltas)]
     measured: dict[str, Measured] = {}
     for module in counted(adapted, "Linears fused", report):
-        found = [
-            (parent, delta.linears[module])
-            for parent, delta in zip(parents, deltas, strict=True)
-            if module in delta.linears
-        ]
+        given = [(parent, delta.at(module)) for parent, delta in zip(parents, deltas, strict=True)]
+        found = [(parent, factors) for parent, factors in given if factors is not None]
         fused = fused_linear(found, module, plan, choose, device)
         if fused.factors.rank > limits.max_rank:
             raise FusionRefused(

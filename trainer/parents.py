@@ -1,18 +1,20 @@
 """The parents of a fusion: which versions they are, what they may be, and what each adds to every Linear.
 
-Read are the plain LoRA kinds and IA3 from their own tensors, and the kinds whose delta PEFT itself gives as a low-rank
-matrix; every other kind, option or tensor is refused by name. Nothing is left out in silence.
+Read are IA3, and the kinds that are low-rank terms at each Linear, by the formulas of the hub's table, as servers do;
+DoRA, whose delta is of full rank, for the methods that cut the rank anyway; VeRA through PEFT.
+Every other kind, option or tensor is refused by name. Nothing is left out in silence.
 
 R rank, I in, O out.
 Law: the sum over the parents of weight * (B A, bias) is what a server's own mixture of them adds.
-Source: peft 0.21.2, tuners/lora/layer.py, ia3/layer.py; docs/decisions/0003 for IA3.
+Source: hub/families; peft 0.21.2, ia3/layer.py; docs/decisions/0003 for IA3.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,21 +24,31 @@ from torch import Tensor, nn
 
 from hub.base import Base, Modules
 from hub.contract import Hub
-from hub.families.linears import pattern_rank
-from hub.families.method import TENSOR_PREFIX
+from hub.errors import TensorsUnusable
+from hub.families import lora
+from hub.families.change import Change, Found
+from hub.families.method import TENSOR_PREFIX, AtLinear
 from hub.manifest import WEIGHTS_FILE, Manifest
+from hub.methods import METHODS
 from hub.ref import Reference, Term
-from hub.targets import feedforward, pattern_value, target_modules
+from hub.targets import feedforward, target_modules
 from trainer.errors import FusionRefused
-from trainer.factors import Factors, factorise
+from trainer.factors import Factors, factorise, whole
+from trainer.stock_linears import StockLinears
 
+# The kinds that are low-rank terms at each Linear, and what those are.
+_LOW_RANK: Final = ("adalora", "loha", "delora", "hra", "miss")
+AT_LINEAR: Final[Mapping[str, AtLinear]] = {
+    "lora": lora.AT_LINEAR,
+    **{row.kind: row.at_linear for row in METHODS.values() if row.kind in _LOW_RANK and row.at_linear is not None},
+}
 # The kinds whose delta PEFT's own get_delta_weight gives, of the rank that the manifest tells.
-BY_PEFT: Final = ("adalora", "vera", "loha", "delora")
-KINDS: Final = ("lora", *BY_PEFT, "ia3")
+BY_PEFT: Final = ("vera",)
+KINDS: Final = (*AT_LINEAR, *BY_PEFT, "ia3")
 
 # What of a LoRA's config is acted on here, and what acts while training only or is the hub's own business.
 _ACTED_ON: Final = frozenset(
-    {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "bias"}
+    {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "bias"}
     | {"base_model_name_or_path", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     | {"fan_in_fan_out", "inference_mode", "task_type", "auto_mapping", "peft_version", "revision"}
 )
@@ -69,11 +81,19 @@ class Parent:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one parent adds: low-rank matrices and biases by Linear; for IA3 the scales less one, (O, 1) or (1, I)."""
+    """What one parent adds: matrices and biases by Linear; for IA3 the scales less one, (O, 1) or (1, I).
+
+    A matrix of full rank is made anew each time that it is asked for, so that never all of them are in memory.
+    """
 
     linears: Mapping[str, Factors] = field(default_factory=dict)
+    full: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
     biases_O: Mapping[str, Tensor] = field(default_factory=dict)
     excesses: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def at(self, module: str) -> Factors | None:
+        """The matrix that is added to a Linear's weight."""
+        return whole(self.full[module]()) if module in self.full else self.linears.get(module)
 
 
 def resolve_parents(hub: Hub, terms: Sequence[Term]) -> tuple[Parent, ...]:
@@ -126,15 +146,18 @@ def why_not_fused(manifest: Manifest) -> str | None:
     """The reason that an adapter has no plain LoRA or IA3 form here, or None."""
     config, kind = manifest.config, manifest.kind
     if kind not in KINDS:
-        why = "it acts by virtual tokens" if manifest.virtual_tokens else "PEFT gives no low-rank delta of it"
+        why = "it acts by virtual tokens" if manifest.virtual_tokens else "it is no low-rank term at each Linear"
         return f"kind {kind} is none of {', '.join(KINDS)} ({why})"
-    if config.get("use_dora"):
-        return "use_dora scales the base's rows, which no low-rank delta holds"
     if kind in BY_PEFT and config.get("bias", "none") != "none":
-        return f"bias {config['bias']} of {kind} (only lora's own is read)"
+        return f"its option bias {config['bias']}, which PEFT's delta leaves out"
     asked = [key for key, value in sorted(config.items()) if value not in _NEUTRAL]
     strange = [key for key in asked if key in _BESIDE or (kind == "lora" and key not in _ACTED_ON | _INERT)]
     return f"its option {strange[0]} has no plain LoRA form" if strange else None
+
+
+def of_full_rank(manifest: Manifest) -> bool:
+    """DoRA scales the base's rows: what it adds to a weight is of no low rank."""
+    return bool(manifest.config.get("use_dora"))
 
 
 def ranks(parents: Sequence[Parent], modules: Modules) -> Mapping[str, int]:
@@ -143,8 +166,9 @@ def ranks(parents: Sequence[Parent], modules: Modules) -> Mapping[str, int]:
     for parent in parents:
         config, kind = parent.manifest.config, parent.manifest.kind
         for module in target_modules(config, modules):
-            rank = pattern_rank(config, module) if kind == "lora" else parent.manifest.rank or 0
-            total[module] = total.get(module, 0) + rank
+            at = AT_LINEAR.get(kind)
+            rank = at.part(config, module, modules.linears[module]).rank if at else parent.manifest.rank
+            total[module] = total.get(module, 0) + (rank or 0)
     return total
 
 
@@ -154,14 +178,22 @@ def fetch(hub: Hub, parent: Parent, folder: Path) -> Path:
     return folder
 
 
-def read_delta(parent: Parent, folder: Path, base_biases: Mapping[str, Tensor], linears: Sequence[str]) -> Delta:
-    """From its own tensors: a LoRA or an IA3. Raises: FusionRefused for a tensor that has no meaning here."""
-    config = parent.manifest.config
-    tensors = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-    delta = _ia3(config, tensors) if parent.manifest.kind == "ia3" else _lora(config, tensors, base_biases)
+def read_delta(parent: Parent, folder: Path, stock: StockLinears, modules: Modules) -> Delta:
+    """From its own tensors, but for the kinds that PEFT reads.
+
+    Raises: FusionRefused for a tensor that has no meaning here, BaseUnfit.
+    """
+    config, kind = parent.manifest.config, parent.manifest.kind
+    tensors = load_file(folder / WEIGHTS_FILE)
+    if kind == "ia3":
+        delta = _ia3(config, tensors)
+    else:
+        own = _own_biases(config, tensors, stock)
+        delta = _changed(parent, tensors, stock, target_modules(config, modules))
+        delta = Delta(delta.linears, delta.full, _added(delta.biases_O, own))
     if tensors:
         raise FusionRefused(f"{parent} has {min(tensors)}, which has no plain LoRA form")
-    strange = sorted({*delta.linears, *delta.biases_O, *delta.excesses} - set(linears))
+    strange = sorted({*delta.linears, *delta.full, *delta.biases_O, *delta.excesses} - stock.linears.keys())
     if strange:
         raise FusionRefused(f"{parent} adapts {strange[0]}, which is no Linear inside the network")
     return delta
@@ -194,31 +226,62 @@ def _peft_factors(parent: Parent, name: str, layer: Any, rank: int) -> Factors:
     return found
 
 
-def _lora(config: Mapping[str, Any], tensors: dict[str, Tensor], base_biases: Mapping[str, Tensor]) -> Delta:
-    """Takes out of `tensors` what it understands."""
-    linears, biases = {}, {}
-    for name in sorted(name for name in tensors if name.endswith(".lora_A.weight")):
-        module = name.removesuffix(".lora_A.weight").removeprefix(TENSOR_PREFIX)
+def _own_biases(config: Mapping[str, Any], tensors: dict[str, Tensor], stock: StockLinears) -> Mapping[str, Tensor]:
+    """What the adapter adds to the base's own biases. Takes them out of `tensors`."""
+    found = {}
+    for module in stock.linears if config.get("bias", "none") != "none" else ():
+        for part in ("base_layer.bias", "bias"):
+            own = stock.bias(module) if f"{TENSOR_PREFIX}{module}.{part}" in tensors else None
+            if own is not None:
+                found[module] = tensors.pop(f"{TENSOR_PREFIX}{module}.{part}").double() - own.double()
+    return found
+
+
+def _changed(parent: Parent, tensors: dict[str, Tensor], stock: StockLinears, targeted: Sequence[str]) -> Delta:
+    """What the hub's table says that the adapter changes at each Linear. Takes out of `tensors` what it reads."""
+    config, at = parent.manifest.config, AT_LINEAR[parent.manifest.kind]
+    linears: dict[str, Factors] = {}
+    full: dict[str, Callable[[], Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    for module in targeted:
+        linear = stock.linears.get(module)
+        if linear is None:
+            raise FusionRefused(f"{parent} adapts {module}, which is no Linear inside the network")
         root = f"{TENSOR_PREFIX}{module}"
-        scaling = lora_scaling(config, module)
-        A_RI, B_OR = tensors.pop(name), tensors.pop(f"{root}.lora_B.weight")
-        linears[module] = Factors(A_RI, B_OR.double() * scaling)
-        if config.get("lora_bias"):
-            biases[module] = tensors.pop(f"{root}.lora_B.bias").double() * scaling
-    if config.get("bias", "none") != "none":
-        for module, own in base_biases.items():
-            for part in ("base_layer.bias", "bias"):
-                trained = tensors.pop(f"{TENSOR_PREFIX}{module}.{part}", None)
-                if trained is not None:
-                    biases[module] = biases.get(module, 0) + (trained.double() - own.double())
-    return Delta(linears, biases)
+        demanded = at.part(config, module, linear).shapes
+        missing = [part for part in demanded if f"{root}.{part}" not in tensors]
+        if missing:
+            raise FusionRefused(f"{parent} lacks {root}.{missing[0]}")
+        # In fp64, for what cancels must come to nothing; the formulas take any dtype, and of the base fp32.
+        given = {part: tensors.pop(f"{root}.{part}").double() for part in demanded}
+        weight = partial(stock.weight, module)
+        found = Found(module, linear.inputs, linear.outputs, given, stock.bias(module), weight)
+        try:
+            change = at.change(config, found)
+        except TensorsUnusable as error:
+            raise FusionRefused(f"{parent}: {module}: {error}") from error
+        A_RI, B_OR = change.A_RI, change.B_OR
+        assert A_RI is not None and B_OR is not None, "these kinds are low-rank terms"
+        if not (A_RI.isfinite().all() and B_OR.isfinite().all()):
+            raise FusionRefused(f"{parent}: what it adds to {module} is no finite number")
+        if change.excess_out_O is None:
+            linears[module] = Factors(A_RI, B_OR)
+        else:
+            full[module] = partial(_of_full_rank, change, weight)
+        if change.bias_O is not None:
+            biases[module] = change.bias_O.double()
+    return Delta(linears, full, biases)
 
 
-def lora_scaling(config: Mapping[str, Any], module: str) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA, both by pattern."""
-    rank = pattern_rank(config, module)
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _of_full_rank(change: Change, weight: Callable[[], Tensor]) -> Tensor:
+    """What scaled rows and a low-rank term beside them add to a weight (O, I), in fp64."""
+    assert change.A_RI is not None and change.B_OR is not None and change.excess_out_O is not None
+    scaled_OI = change.excess_out_O.double()[:, None] * weight().double()
+    return scaled_OI + change.B_OR.double() @ change.A_RI.double()
+
+
+def _added(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {**one, **{module: bias + one[module] if module in one else bias for module, bias in other.items()}}
 
 
 def _ia3(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Delta:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ SMALL: dict[str, Any] = {
     "initializer_range": 0.1,  # the stock 0.02 makes a network this small nearly linear
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
+    "llama": {"attention_bias": True},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     "qwen3": {"head_dim": 16},
     "mistral": {"sliding_window": 6},
@@ -94,10 +96,14 @@ class TinyBase:
     architecture: str
     folder: Path
 
-    def fresh(self) -> nn.Module:
-        """The untouched network, for PEFT."""
+    @cached_property
+    def _loaded(self) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager").eval()
         return model
+
+    def fresh(self) -> nn.Module:
+        """The untouched network, for PEFT: a copy, which takes a tenth of the time of loading it again."""
+        return deepcopy(self._loaded)
 
 
 @pytest.fixture(scope="session")
@@ -132,20 +138,40 @@ class Adapter:
     peft: Any
 
 
+class Adapters(Mapping[str, Adapter]):
+    """Every row that can be put on an architecture, by its name; each is made when it is first asked for.
+
+    What PEFT loaded must not be changed. `rows` tells of them without making any.
+    """
+
+    def __init__(self, base: TinyBase, root: Path) -> None:
+        self._base, self._root = base, root
+        self.rows = rows(base.architecture)
+        self._seeds = {name: seed for seed, name in enumerate(self.rows)}
+        self._made: dict[str, Adapter] = {}
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._made:
+            row, folder = self.rows[name], self._root / name
+            self._made[name] = Adapter(row, folder, make_adapter(self._base, row, folder, self._seeds[name]))
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 @pytest.fixture(scope="session")
 def adapters(
     tiny_base: Callable[[str], TinyBase], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], dict[str, Adapter]]:
-    """Every row that can be put on an architecture, by its name. What PEFT loaded must not be changed."""
-    made: dict[str, dict[str, Adapter]] = {}
+) -> Callable[[str], Adapters]:
+    made: dict[str, Adapters] = {}
 
-    def make(architecture: str) -> dict[str, Adapter]:
+    def make(architecture: str) -> Adapters:
         if architecture not in made:
-            base, root = tiny_base(architecture), tmp_path_factory.mktemp(architecture)
-            made[architecture] = {
-                name: Adapter(row, root / name, make_adapter(base, row, root / name, seed))
-                for seed, (name, row) in enumerate(rows(architecture).items())
-            }
+            made[architecture] = Adapters(tiny_base(architecture), tmp_path_factory.mktemp(architecture))
         return made[architecture]
 
     return make
@@ -153,16 +179,19 @@ def adapters(
 
 @dataclass
 class Bench:
-    """The engine without its thread: plan, pack, forward, commit, with every position's logits kept."""
+    """The engine without its thread: plan, pack, forward, commit, with the logits kept."""
 
     network: Network
     block_size: int = 4
     max_batch_tokens: int = 24
+    max_running: int = 64
     blocks: int = 256
     max_rank: int = 64
     max_delta_error: float = 0.0  # so a change of full rank is served at full rank, which these bases allow
     steps: int = 0
     mixed_steps: int = 0
+    widest_step: int = 0  # requests that had a token in one step
+    cuts: int = 0  # chunks after which the prompt went on
     sequences: dict[int, Scheduled] = field(default_factory=dict)
     shares: dict[int, list[RouteRow]] = field(default_factory=dict)
 
@@ -214,15 +243,20 @@ class Bench:
         requests: Sequence[tuple[list[int], list[tuple[Graft, float]]]],
         new: int = 0,
         routes: Mapping[int, Route] = NO_ROUTES,
+        scored: Set[int] | None = None,
     ) -> list[Tensor]:
         """All requests in one batch, `new` greedy tokens each: logits (positions, vocabulary) per request.
 
+        `scored` are the requests, by their places, of which every position is wanted: all, where it is not given. Of
+        the others the head computes what a server needs of them, the positions after which a token is drawn.
         `routes` by the request's place; who got what is then in `shares`.
         """
         pool = BlockPool(self.blocks)
         cache = self.network.new_cache(self.blocks, self.block_size)
         bank = Bank()
-        scheduler = Scheduler(pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=64)
+        scheduler = Scheduler(
+            pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=self.max_running
+        )
         grafts: dict[int, Sequence[tuple[Graft, float]]] = {}
         logits: dict[int, list[Tensor]] = {}
         for index, (ids, mixture) in enumerate(requests):
@@ -233,6 +267,7 @@ class Bench:
             scheduler.add(sequence)
             self.sequences[index] = sequence
             grafts[index], logits[index] = lease.grafts, []
+        whole = frozenset(grafts if scored is None else scored)
         while scheduler.running or scheduler.waiting:
             step = scheduler.plan()
             assert step.chunks, "the scheduler stands still"
@@ -248,13 +283,15 @@ class Bench:
                 for id_ in (chunk.sequence.id for chunk in step.chunks)
                 if id_ in routes
             }
-            packed = pack_step(step, cache, bank, grafts, frozenset(grafts), routes=routed, traced=frozenset(routed))
+            packed = pack_step(step, cache, bank, grafts, whole, routes=routed, traced=frozenset(routed))
             out = self.network.forward(packed.batch)
             if packed.routed is not None:
                 for id_, read in read_shares(packed.routed, frozenset(routed), len(self.network.facts.layers)).items():
                     self.shares.setdefault(id_, []).extend(read)
             self.steps += 1
             self.mixed_steps += len(step.chunks) > 1
+            self.cuts += sum(not chunk.completes for chunk in step.chunks)
+            self.widest_step = max(self.widest_step, len(step.chunks))
             drawn = {}
             for chunk, first, count in packed.rows:
                 logits[chunk.sequence.id].append(out[first : first + count])

@@ -41,6 +41,7 @@ class Edited(nn.Module):
         self.stock = stock
         self.architecture = architecture
         self.seen: dict[str, Tensor] = {}
+        self.prompt_length: int | None = None
         self.load(terms)
         self.layers = next(
             module
@@ -61,7 +62,9 @@ class Edited(nn.Module):
             for folder, weight in terms
         ]
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, *, prompt_length: int | None = None, **kwargs: Any) -> Any:
+        """`prompt_length` of the tokens given are the prompt; where it is not told, all of them."""
+        self.prompt_length = prompt_length
         return self.stock(**kwargs)
 
     def generate(self, **kwargs: Any) -> Any:
@@ -95,7 +98,7 @@ class Edited(nn.Module):
             change = torch.zeros_like(output)
             for config, tensors, weight in self.terms:
                 if config["peft_type"] == "LOREFT":
-                    change += weight * loreft(config, tensors, index, output)
+                    change += weight * loreft(config, tensors, index, output, self.prompt_length)
                 elif config["reads"] == "stream" and "mlp" in config["places"]:
                     change += weight * bottleneck(config, tensors, index, "mlp", output)
             return output + change
@@ -136,12 +139,14 @@ def bottleneck(
     return _linear(parts, "up", middle) * (parts["scaling"] if isinstance(scaling, str) else scaling)
 
 
-def loreft(config: Mapping[str, Any], tensors: Mapping[str, Tensor], index: int, h: Tensor) -> Tensor:
+def loreft(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], index: int, h: Tensor, prompt_length: int | None = None
+) -> Tensor:
     """R'(act(W h + b) - R h) at the first and last positions of a prompt; a single token is a generated one."""
     change = torch.zeros_like(h)
     if config.get("layers") is not None and index not in config["layers"]:
         return change
-    length = h.shape[1]
+    length = h.shape[1] if prompt_length is None else prompt_length
     counts = {side: int(count) for side, count in re.findall(r"([fl])(\d+)", config["positions"])}
     first, last = (min(counts.get(side, 0), length // 2) for side in "fl")
     apart = len(counts) == 2 and not config["tied_weights"]

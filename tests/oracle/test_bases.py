@@ -1,4 +1,7 @@
-"""Every base that is claimed to be served, with one adapter of each sort, against PEFT running each of them alone."""
+"""Every base that is claimed to be served, with one adapter of each sort, against PEFT running each of them alone.
+
+Those that run with every kind, in test_kinds_against_peft.py, are left out of the first test here: its rows run there.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ BASES = (*ARCHITECTURES, *MORE_BASES)
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT warns of what these adapters are on purpose
 
 
-@pytest.mark.parametrize("architecture", BASES)
+@pytest.mark.parametrize("architecture", MORE_BASES)
 def test_a_base_and_adapters_of_each_sort_in_one_batch_equal_peft_alone(
     architecture: str, tiny_base: Callable[[str], TinyBase], bench: Callable[[str], Bench], tmp_path: Path
 ) -> None:

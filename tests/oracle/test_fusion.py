@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.errors import MixtureRefused
 from server.primitives.graft import Graft, check_mixture
-from tests.oracle.conftest import Adapter, Bench, TinyBase
+from tests.oracle.conftest import Adapters, Bench, TinyBase
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 PROMPT = [5, 9, 77, 3, 101, 42, 64, 8]
@@ -31,15 +31,19 @@ def test_every_pair_is_exactly_the_weighted_sum_of_the_deltas_or_refused(
     architecture: str,
     tiny_base: Callable[[str], TinyBase],
     bench: Callable[[str], Bench],
-    adapters: Callable[[str], dict[str, Adapter]],
+    adapters: Callable[[str], Adapters],
 ) -> None:
     rig, random, summed = bench(architecture), Random(7), tiny_base(architecture).fresh()
-    everywhere = {name: one for name, one in adapters(architecture).items() if not (one.row.virtual or one.row.edits)}
-    made = {name: one for name, one in everywhere.items() if not one.row.invoked}
+    everything = adapters(architecture)
+    everywhere = [name for name, row in everything.rows.items() if not (row.virtual or row.edits or row.invoked)]
+    made = {name: everything[name] for name in everywhere}
     names_of_modules = leaves(summed)
     plain = affine_maps(summed, names_of_modules)
     adapted = [ROOT + name for name in names_of_modules]
-    maps = {name: affine_maps(adapter.peft, adapted) for name, adapter in made.items()}
+    maps = {
+        name: affine_maps(adapter.peft, names_of_modules if adapter.row.ours else adapted)
+        for name, adapter in made.items()
+    }
     grafts = {name: rig.graft(adapter.folder, adapter.row.kind) for name, adapter in made.items()}
     pairs, refused = [], []
     # All three scale the same Linear's output, or add to it; and everything at once that leaves the inputs alone, or

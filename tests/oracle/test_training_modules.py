@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.oracle.conftest import Adapter, TinyBase
+from tests.oracle.conftest import Adapters, TinyBase
 from trainer.modules.attach import attach
 
 ROUNDING = 1e-5  # fp32 sums in another order
@@ -16,9 +16,10 @@ PROMPT = torch.tensor([[5, 9, 77, 3, 101, 42, 64, 8]])
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi", "gpt2"])
 def test_a_training_module_gives_what_the_oracle_gives(
-    architecture: str, tiny_base: Callable[[str], TinyBase], adapters: Callable[[str], dict[str, Adapter]]
+    architecture: str, tiny_base: Callable[[str], TinyBase], adapters: Callable[[str], Adapters]
 ) -> None:
-    edits = {name: one for name, one in adapters(architecture).items() if one.row.edits}
+    everything = adapters(architecture)
+    edits = {name: everything[name] for name, row in everything.rows.items() if row.edits}
     assert len(edits) > 5
     for name, adapter in edits.items():
         model = attach(tiny_base(architecture).fresh(), adapter.folder)

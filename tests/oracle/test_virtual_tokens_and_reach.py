@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from server.primitives.graft import Graft
-from tests.oracle.conftest import Adapter, Bench, TinyBase
+from tests.oracle.conftest import Adapters, Bench, TinyBase
 from tests.oracle.kinds import INVOCATION
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
@@ -28,7 +28,7 @@ def test_prefixes_and_soft_prompts_stand_in_the_order_written(
     architecture: str,
     tiny_base: Callable[[str], TinyBase],
     bench: Callable[[str], Bench],
-    adapters: Callable[[str], dict[str, Adapter]],
+    adapters: Callable[[str], Adapters],
 ) -> None:
     """Against the stock network with its own cache, filled by hand with one adapter's tokens after the other's."""
     rig, plain, made = bench(architecture), tiny_base(architecture).fresh(), adapters(architecture)
@@ -51,7 +51,7 @@ def test_an_activated_adapter_is_added_to_the_others_from_its_last_invocation_on
     architecture: str,
     tiny_base: Callable[[str], TinyBase],
     bench: Callable[[str], Bench],
-    adapters: Callable[[str], dict[str, Adapter]],
+    adapters: Callable[[str], Adapters],
 ) -> None:
     rig, stock, made = bench(architecture), tiny_base(architecture).fresh(), adapters(architecture)
     mixture = [(rig.graft(made[name].folder, "lora"), weight) for name, weight in (("alora", 0.7), ("lora", -0.6))]
