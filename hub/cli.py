@@ -133,11 +133,14 @@ def push(
 ) -> None:
     """Validate a folder and store it as the next version of NAME; the same bytes again are the same version."""
     from hub.base import find_base
+    from hub.companions import push_whole
 
     with working(f"pushing {printable(str(folder))}") as progress:
-        pushed = open_hub(progress=progress).push(
-            folder, name, aliases=alias or (), note=note, base=None if base is None else find_base(base)
-        )
+        hub = open_hub(progress=progress)
+        found = None if base is None else find_base(base)
+        pushed, experts = push_whole(hub, folder, name, aliases=alias or (), note=note, base=found)
+    for expert in experts:
+        typer.echo(f"expert {expert.name}@{expert.version} {expert.digest}", err=True)
     if as_json:
         print_json(dataclasses.asdict(pushed))
     elif quiet:

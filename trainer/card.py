@@ -41,6 +41,20 @@ def write_card(recipe: Mapping[str, Any], metrics: Mapping[str, float]) -> str:
     )
 
 
+EXPERT: Final = """---
+base_model: {base}
+library_name: peft
+tags: [multigraft, lora, lora-moe-expert]
+---
+# {name}, an expert of a router
+
+`{origin}`, trained on together with the router that pins it, by `hub train --method lora-moe` for {steps} steps on
+`{data}`. `recipe.json` holds the router's recipe.
+
+Alone it answers {eval_exact_match:.3f} of {eval_rows} held-out rows of all skills exactly (loss {eval_loss:.4f}). It is
+meant to be asked through its router.
+"""
+
 FUSION: Final = """---
 base_model: {base}
 library_name: peft
@@ -72,6 +86,18 @@ Made by `hub extract`: per Linear the nearest low-rank matrix to the difference 
 
 Tensors left out: {left_out}.
 """
+
+
+def expert_card(recipe: Mapping[str, Any], metrics: Mapping[str, Any], origin: str) -> str:
+    router = recipe["router"]
+    return EXPERT.format(
+        base=recipe["base"],
+        name=recipe["name"],
+        origin=origin,
+        steps=router["steps"],
+        data=router["data"]["path"],
+        **metrics,
+    )
 
 
 def fusion_card(recipe: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:

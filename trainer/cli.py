@@ -20,7 +20,7 @@ import yaml
 from trainer.errors import RecipeInvalid, TrainError
 from trainer.method import Method
 from trainer.methods import METHODS
-from trainer.recipe import Recipe, parse_recipe, read_fields
+from trainer.recipe import Recipe, method_of, parse_recipe, read_fields
 
 if TYPE_CHECKING:
     from trainer.train import TrainResult
@@ -122,7 +122,7 @@ def train_command(
     destination = parse_destination(out, push, tuple(alias or ()), note)
     existing: Literal["refuse", "resume", "overwrite"] = "resume" if resume else "overwrite" if overwrite else "refuse"
     with failures_on_stderr():
-        read = merge(recipe, given(fields), given(options))
+        read = named(merge(recipe, given(fields), given(options)), destination)
         result = run(read, destination, existing, checkpoint_steps, threads, device)
         version = push_result(result, read, destination) if destination.push else None
     typer.echo(result_json(result, destination, version) if as_json else result_text(result, destination, version))
@@ -201,6 +201,17 @@ def merge(source: str | None, flags: Mapping[str, Any], options: Mapping[str, An
     return parse_recipe(merged, source or "the flags")
 
 
+def named(recipe: Recipe, destination: Destination) -> Recipe:
+    """The recipe with what follows from the name that its adapter is pushed under. Raises RecipeInvalid."""
+    if destination.push is None:
+        return recipe
+    try:
+        options = method_of(recipe).named(recipe.options, destination.push)
+    except ValueError as error:
+        raise RecipeInvalid(f"--push {destination.push}", [str(error)]) from None
+    return recipe.model_copy(update={"options": options})
+
+
 def find_recipe(source: str) -> Path:
     """A file, or the name of a recipe that ships with the package."""
     if Path(source).is_file():
@@ -261,11 +272,13 @@ def check_push(destination: Destination, recipe: Recipe) -> None:
 def push_result(result: "TrainResult", recipe: Recipe, destination: Destination) -> str:
     """Push the folder; return `NAME@N sha256:...`. A folder that was only on its way to the hub is then deleted."""
     from hub.base import find_base
+    from hub.companions import push_whole
     from hub.connect import open_hub
     from hub.errors import HubError
 
     try:
-        pushed = open_hub().push(
+        pushed, experts = push_whole(
+            open_hub(),
             result.folder,
             str(destination.push),
             aliases=destination.aliases,
@@ -275,6 +288,8 @@ def push_result(result: "TrainResult", recipe: Recipe, destination: Destination)
     except HubError:
         typer.echo(f"the trained adapter stays in {result.folder}", err=True)
         raise
+    for expert in experts:
+        typer.echo(f"expert {expert.name}@{expert.version} {expert.digest}", err=True)
     if not destination.keep:
         shutil.rmtree(result.folder)
     return f"{pushed.name}@{pushed.version} {pushed.digest}"

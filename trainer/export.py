@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,17 @@ from trainer.quantize import Quantize
 GOLDEN_ROWS: Final = 4
 GOLDEN_TOKENS: Final = 512  # a longer prompt makes no better witness
 SCHEMA_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Finishing:
+    """What an adapter in a finished folder can be measured on, and what it was made by."""
+
+    folder: Path
+    base: OpenBase
+    held_out: Sequence[Encoded]
+    recipe: Mapping[str, Any]  # as in recipe.json
+    device: torch.device
 
 
 def settle_config(folder: Path, base_name: str) -> None:
@@ -110,8 +122,9 @@ def write_records(folder: Path, recipe: Mapping[str, Any], metrics: Mapping[str,
 def publish(staging: Path, out: Path) -> None:
     """Put a finished folder in its place in one rename; one that stands there is moved aside first and then deleted."""
     mode = stat.S_IMODE((staging / "recipe.json").stat().st_mode)
-    for path in staging.iterdir():
-        path.chmod(mode)  # safetensors writes files that only their owner may read
+    for path in sorted(staging.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_file():
+            path.chmod(mode)  # safetensors writes files that only their owner may read
         sync(path)
     sync(staging)
     out.parent.mkdir(parents=True, exist_ok=True)

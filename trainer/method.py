@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from trainer.anatomy import Anatomy, names
 
 if TYPE_CHECKING:
+    from trainer.export import Finishing
     from trainer.tuner import Tuner
 
 
@@ -42,8 +43,20 @@ def unchanged(options: Any, steps: int) -> Any:
     return options
 
 
+def unnamed(options: Any, name: str) -> Any:
+    return options
+
+
+def nothing_beside(finishing: Finishing) -> None:
+    """Most methods make one adapter."""
+
+
 @dataclass(frozen=True)
 class Method:
+    """`named` fills in what follows from the name that a run is pushed under; `beside` completes the adapters of their
+    own that lie in the folder of the one that needs them, before that one is measured.
+    """
+
     name: str
     summary: str
     options: type[Options]
@@ -54,6 +67,8 @@ class Method:
     settled: Callable[[Any, int], Any] = (
         unchanged  # (options, steps of the run) -> options; ValueError if they do not fit
     )
+    named: Callable[[Any, str], Any] = unnamed  # (options, name) -> options; ValueError if they do not fit
+    beside: Callable[[Finishing], None] = nothing_beside
     found_by_prompts: bool = True  # whether model auto may choose it; a router's prompts are those of its experts
 
 

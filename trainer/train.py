@@ -378,6 +378,8 @@ def finish(
     staging.mkdir()
     tuner = method_of(recipe).tuner()
     tuner.save(model, staging, recipe.base)
+    written = record(recipe, library_versions())
+    method_of(recipe).beside(export.Finishing(staging, base, lesson.held_out, written, device))
     loaded = export.load_adapter(staging, base, device, recipe.quantize)
     metrics = export.measure(loaded, base, lesson.train, lesson.held_out, tuner.collate)
     export.write_golden(loaded, staging, base, export.golden_prompts(lesson.held_out), recipe.quantize)
@@ -388,7 +390,7 @@ def finish(
             report.note(
                 f"fewer than {FEWEST_PROMPTS} different prompts: no centroids, so model auto will not choose it"
             )
-    export.write_records(staging, record(recipe, library_versions()), metrics)
+    export.write_records(staging, written, metrics)
     export.publish(staging, out)
     shutil.rmtree(work)
     return metrics

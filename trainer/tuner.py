@@ -106,3 +106,11 @@ class PromptReadingTuner(ModuleTuner):
 
     def collate(self, rows: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
         return {**pad_right(rows, pad), PROMPT_LENGTHS: torch.tensor([len(row.prompt) for row in rows])}
+
+
+class RouterTuner(PromptReadingTuner):
+    """A router, which saves the experts that were trained with it."""
+
+    def save(self, model: Any, folder: Path, base_name: str) -> None:
+        super().save(model, folder, base_name)
+        model.graft.write_experts(folder, base_name)

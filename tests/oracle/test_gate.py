@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from hub.companions import expert_folder
 from server.primitives.graft import Graft
 from server.primitives.routed_experts import Expert, Route, make_prototypes, why_no_expert
 from tests.oracle.conftest import Bench, TinyBase
 from tests.oracle.experts import logits, make_expert, prompt
 from trainer.modules.attach import put_on, write
-from trainer.modules.router import Router, load_expert
+from trainer.modules.experts import load_expert
+from trainer.modules.router import Router
 
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 RANKS = (4, 2, 7, 1)
+ALPHAS = {"o_proj": 5, "c_proj": 5}
+STEP = 0.05  # an optimizer step that is seen in the logits
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -69,3 +73,52 @@ def test_a_served_router_equals_its_training_module_alone(
     for n in (3, 4):
         assert torch.equal(got[n], plain[n]), "a request that is not routed changed beside routed ones"
     torch.testing.assert_close(got[5], alone[0], atol=TOLERANCE, rtol=0)  # arrow beside gate in one step
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_served_router_equals_the_module_that_trained_its_experts_with_it(
+    architecture: str, tiny_base: Callable[[str], TinyBase], bench: Callable[[str], Bench], tmp_path: Path
+) -> None:
+    """Against the module as training left it, never saved: what is served are the router's and the experts' files."""
+    base, rig = tiny_base(architecture), bench(architecture)
+    model = base.fresh()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    options: list[dict[str, Any]] = [
+        {"rank": 4},
+        {"rank": 3, "use_rslora": True},
+        {"rank": 2, "alpha_pattern": ALPHAS},
+    ]
+    folders = [make_expert(base, tmp_path / f"{n}", seed=n, **chosen) for n, chosen in enumerate(options)]
+    experts = [load_expert(model, folder, folder.name) for folder in folders]
+    names = [f"expert-{n}" for n in range(len(experts))]
+    config = {
+        "peft_type": "LORA_MOE", "experts": [f"{name}@sha256:{n:064x}" for n, name in enumerate(names)], "top_k": 2,
+        "router_aux_loss_coef": 0.01, "experts_are": "trained", "expert_names": names, "expert_rate": 0.5,
+    }  # fmt: skip
+    graft = put_on(model, Router(model, config, experts))
+    torch.manual_seed(0)
+    graft.fill({name: 0.5 * torch.randn_like(value) for name, value in graft.tensors().items()})
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], lr=STEP)
+    ids_BT = torch.tensor([prompt(9, 12), prompt(10, 12)])
+    for _ in range(3):
+        model.train()(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), labels=ids_BT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    write(graft, tmp_path, "tiny")
+    graft.write_experts(tmp_path, "tiny")
+    before = [rig.graft(folder, "lora") for folder in folders]
+    after = [rig.graft(expert_folder(tmp_path, name), "lora") for name in names]
+    router = Graft(
+        "router", "r@1", router=rig.graft(tmp_path, "lora-moe").router, experts=tuple(g.digest for g in after)
+    )
+    requests: list[tuple[list[int], list[tuple[Graft, float]]]] = [(prompt(n, 9 + 4 * n), []) for n in range(3)]
+    route = Route(tuple(Expert(graft) for graft in after), 2, 1.0, router)
+    got = rig.run(requests, routes={0: route, 2: route})
+    old = Graft("old", "r@0", router=router.router, experts=tuple(one.digest for one in before))
+    untrained = rig.run(requests, routes={0: Route(tuple(Expert(graft) for graft in before), 2, 1.0, old)})
+    for n in (0, 2):
+        error = (got[n] - logits(model.eval(), requests[n][0])).abs().max().item()
+        assert error < TOLERANCE, f"differs by {error:.1e}"
+    assert (got[0] - untrained[0]).abs().max().item() > 100 * TOLERANCE, "training moved no expert visibly"
+    assert torch.equal(got[1], rig.run(requests)[1])

@@ -47,20 +47,24 @@ class Graft(Protocol):
     def after_step(self, optimizer: Any, step: int) -> None: ...
 
 
+def as_saved(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    return config
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`build` puts the untrained module on a network; `loaded` makes its config of the one that was saved."""
+    """`build` puts the untrained module on a network; `loaded` makes its config of the saved one and its folder."""
 
     build: Callable[[Any, Mapping[str, Any]], Any]
-    loaded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    loaded: Callable[[Mapping[str, Any], Path], Mapping[str, Any]] = as_saved
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "BOTTLENECK": Family(Bottlenecks),
     "LOREFT": Family(Interventions),
     "BITFIT": Family(Biases),
-    "SPARSE": Family(SparseChanges, loaded_config),
-    "LORA_MOE": Family(router.build),
+    "SPARSE": Family(SparseChanges, lambda config, folder: loaded_config(config)),
+    "LORA_MOE": Family(router.build, router.with_folder),
 }
 
 
@@ -70,7 +74,7 @@ def attach(model: Any, folder: Path) -> Any:
     family = FAMILIES.get(config["peft_type"])
     if family is None:
         return PeftModel.from_pretrained(model, str(folder)).eval()
-    graft = put_on(model, family.build(model, family.loaded(config)))
+    graft = put_on(model, family.build(model, family.loaded(config, folder)))
     graft.fill(load_file(folder / WEIGHTS))
     return model.eval()
 

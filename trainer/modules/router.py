@@ -1,4 +1,4 @@
-"""lora-moe: a trained router over frozen LoRA experts, and the experts themselves on their Linears.
+"""lora-moe: a trained router over LoRA experts, and the experts themselves on their Linears, frozen or trained with it.
 
     s_e = w_e . h / rms(h) + v_e . c in every decoder layer; the top_k best share softmax(s)
     y += sum_e g_e B_e A_e x at every Linear of the layer, over the chosen experts alone
@@ -12,46 +12,40 @@ answer is likeliest, and every layer learns, by cross entropy, to choose that on
 after that, if there are any, the router is trained as it is served, by the loss. Beside it stands Switch's price on
 uneven use, E * sum_e (share of the choices that fell on e) * (mean probability of e), averaged over the layers. Both
 prices are of one batch, however many batches make a step.
-Only the router is trained and saved: w, `router.weight`, and v, `router.prompt_weight`, both (L, E, H). Experts stay in
-the hub and are named by their digests.
+The router's file holds w, `router.weight`, and v, `router.prompt_weight`, both (L, E, H); experts are named by their
+digests. Frozen ones stay in the hub. Those that are trained learn by the same loss, from what the hub has: while
+imitating each its own rows, after that whatever part of a mixture they are. They are saved as adapters of their own.
 Source: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
 
-B batch, T tokens, E experts, H hidden size, L layers, r rank, I in, O out, P sum of ranks.
+B batch, T tokens, E experts, H hidden size, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
+from hub.companions import companions, expert_folder
 from hub.connect import open_hub
 from hub.ref import parse_reference
 from trainer.encode import IGNORED
-from trainer.errors import BaseUnfit, ExpertUnfit
+from trainer.errors import BaseUnfit
+from trainer.modules.experts import Expert, Frozen, Trained, load_expert, write_expert
 from trainer.modules.loreft import PROMPT_LENGTHS
 
 RMS_EPSILON: Final = 1e-6  # as in the server
 START_STD: Final = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class Low:
-    """One expert at one Linear; its scaling is inside B."""
-
-    A_rI: Tensor
-    B_Or: Tensor
-
-
-Expert = Mapping[str, Low]  # by the Linear's name
+# Of training alone, and of where experts lie: in no file.
+UNSAVED: Final = ("imitation_steps", "experts_are", "expert_names", "expert_rate", "folder")
 
 
 class _WithPrice(torch.autograd.Function):
@@ -70,7 +64,7 @@ class Router(nn.Module):
     steps: Tensor  # that have been trained; in the checkpoints
 
     def __init__(self, model: Any, config: Mapping[str, Any], experts: Sequence[Expert]) -> None:
-        """`config["imitation_steps"]` is of training alone and not saved."""
+        """The keys of UNSAVED may stand in the config or not."""
         super().__init__()
         self.active = True
         self._config = config
@@ -93,10 +87,19 @@ class Router(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
-        linears = dict(model.named_modules())
-        for name in sorted({name for expert in experts for name in expert}):
-            self._hook(linears[name], [expert.get(name) for expert in experts])
+        self._experts = experts
+        self.terms = nn.ModuleList()
+        self._linears = sorted({name for expert in experts for name in expert.lows})
+        make = partial(Trained, rate=float(config["expert_rate"])) if self.trains_experts else Frozen
+        for name in self._linears:
+            terms = make([expert.lows.get(name) for expert in experts])
+            self.terms.append(terms)
+            model.get_submodule(name).register_forward_hook(partial(self._add, terms))
         model.register_forward_pre_hook(self._read, with_kwargs=True)
+
+    @property
+    def trains_experts(self) -> bool:
+        return bool(self._config.get("experts_are") == "trained")
 
     def start(self) -> None:
         nn.init.normal_(self.weight, std=START_STD)
@@ -110,7 +113,21 @@ class Router(nn.Module):
             self.prompt_weight.copy_(tensors["router.prompt_weight"])
 
     def config(self) -> Mapping[str, Any]:
-        return {name: value for name, value in self._config.items() if name != "imitation_steps"}
+        return {name: value for name, value in self._config.items() if name not in UNSAVED}
+
+    def write_experts(self, folder: Path, base_name: str) -> None:
+        """Those that were trained, each into the folder of its new name beside the router's files."""
+        if not self.trains_experts:
+            return
+        with torch.no_grad():
+            factors = {name: terms.factors() for name, terms in zip(self._linears, self._trained(), strict=True)}
+        owners = {name: terms.owner_P for name, terms in zip(self._linears, self._trained(), strict=True)}
+        for number, (expert, name) in enumerate(zip(self._experts, self._config["expert_names"], strict=True)):
+            mine = {
+                linear: (factors[linear][0][owners[linear] == number], factors[linear][1][:, owners[linear] == number])
+                for linear in expert.lows
+            }
+            write_expert(expert.config, mine, expert_folder(folder, name), base_name)
 
     def before_step(self) -> None:
         """Nothing is added to the gradients: the price is inside them."""
@@ -196,18 +213,13 @@ class Router(nn.Module):
             return value_BT.flatten(0, 1)
         return value_BT[self._real_BT]
 
-    def _hook(self, linear: nn.Module, lows: Sequence[Low | None]) -> None:
-        there = [(number, low) for number, low in enumerate(lows) if low is not None]
-        A_PI = torch.cat([low.A_rI for _, low in there])
-        B_OP = torch.cat([low.B_Or for _, low in there], dim=1)
-        owner_P = torch.tensor([number for number, low in there for _ in range(low.A_rI.shape[0])])
+    def _add(self, terms: nn.Module, linear: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        if not self.active or self._gates is None:
+            return None
+        return y + terms(args[0], self._gates)
 
-        def add(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
-            if not self.active or self._gates is None:
-                return None
-            return y + ((args[0] @ A_PI.t()) * self._gates[..., owner_P]) @ B_OP.t()
-
-        linear.register_forward_hook(add)
+    def _trained(self) -> list[Trained]:
+        return [terms for terms in self.terms if isinstance(terms, Trained)]
 
 
 def _rows(embedding: nn.Module, ids_BT: Tensor) -> Tensor:
@@ -217,32 +229,26 @@ def _rows(embedding: nn.Module, ids_BT: Tensor) -> Tensor:
 
 
 def build(model: Any, config: Mapping[str, Any]) -> Router:
-    """With the experts that the config pins, from the hub. Raises: ExpertUnfit, HubError."""
-    hub = open_hub()
+    """With the experts that the config pins: those in its folder, the others from the hub.
+
+    Raises: ExpertUnfit, HubError.
+    """
+    beside = {} if "folder" not in config else {one.pin.digest: one.folder for one in companions(config["folder"])}
     experts = []
     for reference in config["experts"]:
-        with TemporaryDirectory() as folder:
-            hub.pull(parse_reference(reference), Path(folder) / "expert")
-            experts.append(load_expert(model, Path(folder) / "expert", reference))
+        parsed = parse_reference(reference)
+        if parsed.digest in beside:
+            experts.append(load_expert(model, beside[parsed.digest], reference))
+            continue
+        with TemporaryDirectory() as room:
+            open_hub().pull(parsed, Path(room) / "expert")
+            experts.append(load_expert(model, Path(room) / "expert", reference))
     return Router(model, config, experts)
 
 
-def load_expert(model: Any, folder: Path, reference: str) -> Expert:
-    """A LoRA's terms as PEFT loads them onto this base, which is left as it was. Raises: ExpertUnfit."""
-    loaded = PeftModel.from_pretrained(model, str(folder))
-    config = loaded.peft_config["default"]
-    plain = str(config.peft_type.value) == "LORA" and config.bias == "none"
-    if not plain or config.use_dora or config.lora_bias:
-        loaded.unload()
-        raise ExpertUnfit(f"expert {reference} is no plain LoRA: experts are low-rank terms alone")
-    expert = {}
-    for name, module in loaded.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            A_rI, B_Or = module.lora_A["default"].weight, module.lora_B["default"].weight
-            scaled = B_Or.detach().clone() * module.scaling["default"]
-            expert[name.removeprefix("base_model.model.")] = Low(A_rI.detach().clone(), scaled)
-    loaded.unload()
-    return expert
+def with_folder(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """The saved config, and where experts may lie beside it."""
+    return {**config, "folder": folder}
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:
