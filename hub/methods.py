@@ -51,6 +51,8 @@ _NOT_SERVED: Mapping[str, str] = {
     "RANDLORA": "its change is of full rank, of random bases that PEFT draws anew from a seed or not at all",
     "GLORA": "its change is of full rank, by a form of each layer's own choice",
     "LILY": "its router averages over all tokens of a batch, so neighbours would change each other's answers",
+    "XLORA": "it runs every token twice: the first pass only tells how to mix in the second",
+    "ADAPTION_PROMPT": "its prompt is attended to by a gated softmax of its own, beside that of the attention",
     "BONE": "PEFT has renamed it; save it as MISS",
 }
 

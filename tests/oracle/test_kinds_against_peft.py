@@ -22,7 +22,7 @@ from tests.oracle.kinds import INVOCATION, Row, exact_kinds, rows
 TOLERANCE = 1e-4  # fp32; the packed products sum in another order
 NEW_TOKENS = 6
 ROWS_OF_EACH_KIND = 3
-WIDE, NARROW = 320, 24  # tokens in a step: so many that all requests meet in one, so few that most prompts are cut
+WIDE, NARROW = 448, 24  # tokens in a step: so many that all requests meet in one, so few that most prompts are cut
 EVERY = 8  # so many adapters, and then a request for the base
 
 Request = tuple[list[int], list[tuple[Graft, float]]]

@@ -23,8 +23,9 @@ from tests.system.conftest import BASE, Server, hub, serving
 
 ROWS, ASKED = 400, 50  # of each skill
 RIGHT, LEFT_TO_THE_BASE = 0.95, 0.9  # what routing must reach on prompts that it has not seen
-STEPS, ROUTER_STEPS = 50, 40
+STEPS, ROUTER_STEPS = 60, 40
 LONGEST_ANSWER = 40  # tokens
+LEARNT = 0.8
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_a_router_answers_as_the_right_adapter_does(server: Server) -> None:
             answers = asyncio.run(ask_all(server.url, model or subject, questions(asked), tokens=LONGEST_ANSWER))
             shares.append(exact(answers, asked))
         right[model] = shares
-    assert min(right[None]) > 0.5, f"too little was learnt to tell anything: {right[None]}"
+    assert sum(right[None]) > LEARNT * len(SUBJECTS), f"too little was learnt to tell anything: {right[None]}"
     assert sum(right["router"]) >= RIGHT * sum(right[None]), right
 
 
