@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trainer.export import Finishing
     from trainer.tuner import Tuner
 
-EXPERT_RATE: Final = 0.1
+EXPERT_RATE: Final = 0.03
 
 
 class LoraMoeOptions(Options):
@@ -29,8 +29,7 @@ class LoraMoeOptions(Options):
         None,
         ge=0,
         description="first steps, in which the router learns which single expert knows a row best, before it is "
-        "trained by the loss of its mixtures; default: all where experts are frozen, since they do not add up to "
-        "anything of use, half where they are trained, since in the other half they learn to",
+        "trained by the loss of its mixtures, for which a lower learning rate is wise; default: all",
     )
     experts_are: Literal["frozen", "trained"] = Field(
         "frozen", description="frozen: the router pins those of the hub; trained: on with it, into versions of its own"
@@ -129,10 +128,9 @@ def lora_moe_settled(options: LoraMoeOptions, steps: int) -> LoraMoeOptions:
     found = [hub.resolve(parse_reference(expert)) for expert in options.experts]
     if len({one.digest for one in found}) < len(found):
         raise ValueError(f"experts {', '.join(options.experts)} name one version twice")
-    default = {"frozen": steps, "trained": steps // 2}[options.experts_are]
     settled: dict[str, Any] = {
         "experts": tuple(f"{one.name}@{one.digest}" for one in found),
-        "imitation_steps": default if options.imitation_steps is None else options.imitation_steps,
+        "imitation_steps": steps if options.imitation_steps is None else options.imitation_steps,
     }
     if options.experts_are == "trained":
         settled["expert_rate"] = options.expert_rate or EXPERT_RATE
@@ -169,6 +167,6 @@ def complete_experts(finishing: Finishing) -> None:
 LORA_MOE: Final = Method(
     "lora-moe",
     "trains a router that gives every token its experts, LoRA adapters of the hub; on request trains those with it",
-    LoraMoeOptions, 1e-2, lora_moe_config, lora_moe_problems, router_tuner, lora_moe_settled, lora_moe_named,
+    LoraMoeOptions, 3e-2, lora_moe_config, lora_moe_problems, router_tuner, lora_moe_settled, lora_moe_named,
     complete_experts, found_by_prompts=False,
 )  # fmt: skip
