@@ -86,8 +86,8 @@ MUTANTS: Final = (
         oracle=("tests/oracle/test_kinds_against_peft.py", "-k", "every_kind and mixtral"),
     ),
     Mutant(
-        "prefix", "the second stands first", "server/primitives/prefix.py",
-        "torch.cat(pair, dim=1)", "torch.cat(pair[::-1], dim=1)",
+        "prefix", "keys and values of several are swapped", "server/primitives/prefix.py",
+        "joined[: len(self.keys)], joined[len(self.keys) :]", "joined[len(self.keys) :], joined[: len(self.keys)]",
         law=("tests/laws/test_prefix_laws.py",),
         oracle=("tests/oracle/test_virtual_tokens_and_reach.py", "-k", "llama"),
     ),
@@ -104,11 +104,11 @@ MUTANTS: Final = (
     Mutant(
         "gates", "all weights are one", "server/primitives/gates.py",
         "table[row, column] += weight", "table[row, column] += 1",
-        law=("tests/laws",), oracle=("tests/oracle/test_fusion.py", "-k", "llama"),
+        oracle=("tests/oracle/test_fusion.py", "-k", "llama"),
     ),
     Mutant(
-        "gates of the head", "those of the first tokens", "server/engine/pack.py",
-        "gates.at(wanted_R, wanted)", "gates.at(torch.arange(len(wanted)), range(len(wanted)))",
+        "gates of the head", "those of the first tokens", "server/primitives/gates.py",
+        "self.gates_TK.index_select(0, rows_R)", "self.gates_TK[: len(rows_R)]",
     ),
     Mutant(
         "reach of a prompt's ends", "more than half of it", "server/policy/reach.py",

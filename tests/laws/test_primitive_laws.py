@@ -345,6 +345,21 @@ def test_an_overflow_at_an_embedding_or_a_norm_stays_with_its_token(seed: int, c
     assert not normed[1:].isfinite().all()
 
 
+@given(
+    st.lists(st.tuples(tokens, st.lists(st.tuples(st.integers(0, 2), st.sampled_from([-1.5, 0.25, 2.0])))), min_size=1)
+)
+@SETTINGS
+def test_a_token_has_the_weights_of_its_own_chunk(rows: list[tuple[int, list[tuple[int, float]]]]) -> None:
+    """An adapter that is written twice has the sum."""
+    got = gates_from_rows(rows, 3, torch.zeros(1))
+    expected = [
+        [sum(weight for column, weight in terms if column == wanted) for wanted in range(3)]
+        for count, terms in rows
+        for _ in range(count)
+    ]
+    assert got.gates_TK.tolist() == expected == got.host_TK.tolist()
+
+
 @given(seeds, tokens)
 @SETTINGS
 def test_the_gates_of_the_wanted_tokens_are_theirs(seed: int, count: int) -> None:

@@ -119,8 +119,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyB
             config = CONFIG_MAPPING[architecture](**options)
             model = AutoModelForCausalLM.from_config(config)
             for name, parameter in model.named_parameters():
-                if name.endswith("bias"):  # stock biases start at zero, which would hide how they are treated
+                # Stock biases start at zero and norms at one, which would hide how they are treated.
+                if name.endswith("bias"):
                     nn.init.normal_(parameter, std=0.3)
+                elif parameter.dim() == 1:
+                    parameter.data += 0.2 * torch.randn_like(parameter)
             folder = tmp_path_factory.mktemp(architecture)
             model.save_pretrained(folder)
             made[architecture] = TinyBase(architecture, folder)
