@@ -52,11 +52,12 @@ def why_no_expert(expert: Manifest, router: Manifest) -> str | None:
             f"is of base {expert.base.name} (fingerprint {expert.base.fingerprint[:12]}), the router of "
             f"{router.base.name} (fingerprint {router.base.fingerprint[:12]})"
         )
-    more = ", ".join(_more_than_low_rank(expert.config))
+    more = ", ".join(more_than_low_rank(expert.config))
     return f"has {more}; experts are low-rank terms alone" if more else None
 
 
-def _more_than_low_rank(config: Config) -> Iterable[str]:
+def more_than_low_rank(config: Config) -> Iterable[str]:
+    """What a LoRA's config asks for beside low-rank terms at Linears."""
     for key, plain in _PLAIN.items():
         if key in config and config[key] not in plain:
             yield f"{key} {shown(config[key])}"

@@ -20,13 +20,13 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 from torch import Tensor, cat, no_grad
 
+from hub.manifest import CONFIG_FILE, WEIGHTS_FILE
 from trainer.encode import Encoded
 from trainer.errors import BaseUnfit
 from trainer.tuner import Batches, PeftTuner
 
 REWRITES: Final = ("pissa", "olora", "corda", "lora_ga")
 FACTOR: Final = (".lora_A.default.weight", ".lora_B.default.weight")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS: Final = ("eva_config", "corda_config", "lora_ga_config")
 
 
@@ -65,15 +65,15 @@ class LoraTuner:
 
     def save(self, model: Any, folder: Path, base_name: str) -> None:
         self._peft.save(model, folder, base_name)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config |= {"init_lora_weights": True, **dict.fromkeys(SETTINGS)}
         if model.first_factors:
-            tensors = load_file(folder / WEIGHTS)
-            save_file(doubled(tensors, model.first_factors), folder / WEIGHTS, {"format": "pt"})
+            tensors = load_file(folder / WEIGHTS_FILE)
+            save_file(doubled(tensors, model.first_factors), folder / WEIGHTS_FILE, {"format": "pt"})
             scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
             config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["r"] * scaling, "use_rslora": False}
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def refuse_empty_rows(model: Any) -> None:

@@ -390,8 +390,9 @@ class EngineLoop:
             self._end(outcome.sequence.id, _finished(live, outcome.finish, stop))
 
     def _accept(self, live: Live) -> None:
-        if live.lease.route is not None:
-            live.route = live.lease.route.heard(self._network.reading(live.request.prompt_ids))
+        live.route = live.lease.route
+        if live.route is not None and live.route.router is not None:
+            live.route = live.route.heard(self._network.reading(live.request.prompt_ids))
         self._live[live.sequence.id] = live
         self._scheduler.add(live.sequence)
 

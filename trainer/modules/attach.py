@@ -19,14 +19,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hub.manifest import CONFIG_FILE, WEIGHTS_FILE
 from trainer.modules import router
 from trainer.modules.biases import Biases
 from trainer.modules.bottleneck import Bottlenecks
 from trainer.modules.loreft import Interventions
 from trainer.modules.sparse import SparseChanges, loaded_config
-
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
 
 
 class Graft(Protocol):
@@ -70,12 +68,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
 
 def attach(model: Any, folder: Path) -> Any:
     """Put a saved adapter on a stock network, in evaluation mode: one of ours by its module, any other by PEFT."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     family = FAMILIES.get(config["peft_type"])
     if family is None:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     graft = put_on(model, family.build(model, family.loaded(config, folder)))
-    graft.fill(load_file(folder / WEIGHTS))
+    graft.fill(load_file(folder / WEIGHTS_FILE))
     return model.eval()
 
 
@@ -99,5 +97,5 @@ def write(graft: Graft, folder: Path, base_name: str) -> None:
     """The two files, the same bytes for the same adapter."""
     config = {**graft.config(), "base_model_name_or_path": base_name, "inference_mode": True}
     tensors = {name: value.cpu().clone().contiguous() for name, value in sorted(graft.tensors().items())}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

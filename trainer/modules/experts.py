@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -22,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hub.families.method import TENSOR_PREFIX
+from hub.manifest import CONFIG_FILE, WEIGHTS_FILE
+from hub.pins import more_than_low_rank
 from trainer.errors import ExpertUnfit
 
-CONFIG: Final = "adapter_config.json"
-WEIGHTS: Final = "adapter_model.safetensors"
-PREFIX: Final = "base_model.model."
 FACTOR_A, FACTOR_B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -107,8 +107,8 @@ def _keep(module: nn.Module, **tensors: Tensor) -> None:
 
 def load_expert(model: Any, folder: Path, reference: str) -> Expert:
     """A LoRA's factors as PEFT loads them onto this base, which is left as it was. Raises: ExpertUnfit."""
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    why = why_no_plain_lora(config, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    why = why_no_plain_lora(config, folder / WEIGHTS_FILE)
     if why is not None:
         raise ExpertUnfit(f"expert {reference} is no plain LoRA ({why}): experts are low-rank terms of Linears alone")
     loaded = PeftModel.from_pretrained(model, str(folder))
@@ -116,7 +116,7 @@ def load_expert(model: Any, folder: Path, reference: str) -> Expert:
     for name, module in loaded.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             A_rI, B_Or = (part["default"].weight.detach().clone() for part in (module.lora_A, module.lora_B))
-            lows[name.removeprefix(PREFIX)] = Low(A_rI, B_Or, float(module.scaling["default"]))
+            lows[name.removeprefix(TENSOR_PREFIX)] = Low(A_rI, B_Or, float(module.scaling["default"]))
     loaded.unload()
     return Expert(config, lows)
 
@@ -125,10 +125,8 @@ def why_no_plain_lora(config: Mapping[str, Any], weights: Path) -> str | None:
     """Why an adapter has more than two factors at some Linears, or None."""
     if config["peft_type"] != "LORA":
         return f"peft_type {config['peft_type']}"
-    set_to = {"bias": "none", "use_dora": False, "lora_bias": False, "alora_invocation_tokens": None}
-    for key, wanted in set_to.items():
-        if config.get(key, wanted) != wanted:
-            return f"{key} {config[key]}"
+    if more := ", ".join(more_than_low_rank(config)):
+        return more
     with safe_open(weights, framework="pt") as tensors:
         names = list(tensors.keys())
     others = [name for name in names if not name.endswith((FACTOR_A, FACTOR_B))]
@@ -141,9 +139,9 @@ def write_expert(
     """The two files; the config as it was, so that PEFT scales the new factors as it scaled the old."""
     tensors = {}
     for name, (A_rI, B_Or) in sorted(factors.items()):
-        tensors[f"{PREFIX}{name}{FACTOR_A}"] = A_rI.detach().cpu().clone().contiguous()
-        tensors[f"{PREFIX}{name}{FACTOR_B}"] = B_Or.detach().cpu().clone().contiguous()
+        tensors[f"{TENSOR_PREFIX}{name}{FACTOR_A}"] = A_rI.detach().cpu().clone().contiguous()
+        tensors[f"{TENSOR_PREFIX}{name}{FACTOR_B}"] = B_Or.detach().cpu().clone().contiguous()
     folder.mkdir(parents=True)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     text = json.dumps({**config, "base_model_name_or_path": base_name}, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

@@ -264,5 +264,5 @@ def test_an_expert_that_is_more_than_two_factors_at_linears_is_refused(
     train(recipe(tiny_base, chats, method="lora", options={"rank": 2, "dora": True}, steps=1), tmp_path / "dora")
     hub.push(tmp_path / "dora", "dora", base=tiny_base)
     options = {"experts": ["first", "dora"]}
-    with pytest.raises(ExpertUnfit, match=r"expert dora@sha256:\w+ is no plain LoRA \(use_dora True\)"):
+    with pytest.raises(ExpertUnfit, match=r"expert dora@sha256:\w+ is no plain LoRA \(use_dora true\)"):
         train(recipe(tiny_base, chats, options=options), tmp_path / "out")
