@@ -1,5 +1,5 @@
-"""The fast paths of a CPU against their plain loops: the gathered low-rank product, decodes that read the cache where it
-is, and the base's packed products.
+"""The fast paths of a CPU against their plain loops: the gathered low-rank product, decodes that read the cache where
+it is, and the base's packed products.
 """
 
 from __future__ import annotations
