@@ -1,4 +1,5 @@
-/* The step's inner loops for a CPU: the gathered low-rank product, and attention of decodes over the paged KV cache.
+/* The step's inner loops for a CPU: the gathered low-rank product, attention of decodes over the paged KV cache, and the
+   small operations between the products, each in one pass.
 
    Plain C over pointers, called through ctypes (server/kernels/native.py), which says what each argument is. Numbers are
    fp32 inside, whatever they are stored as. Every function has a plain loop in Python that tests compare it with.
@@ -24,6 +25,7 @@
 #define OUTPUTS 1024    /* columns of B of one piece of work */
 #define MEMBERS 8       /* Linears that read the same input, at most */
 #define WIDEST 16       /* floats of the longest vector register */
+#define FEW 8192        /* numbers that one thread does faster alone */
 #define HEADS 4         /* query heads that share one pass over the values */
 
 enum { FP32, BF16, FP16 };
@@ -106,6 +108,9 @@ typedef struct {
     void (*attend[2])(const float *query, const void *keys, const void *values, const int64_t *blocks,
                       int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim, float softcap,
                       const float *sinks, float *scores, int64_t padded, float *out);
+    void (*norm[2])(const void *x, const void *weight, float offset, float eps, void *out, int64_t count);
+    void (*swiglu[2])(const void *a, const void *b, void *out, int64_t count);
+    void (*rotate[2])(const void *x, const void *cos, const void *sin, void *out, int64_t half, int64_t count);
     void (*widen_row)(const uint16_t *from, float *to, int64_t count);
     void (*add_row)(uint16_t *y, const float *delta, int64_t count);
 } loops_t;
@@ -114,7 +119,8 @@ typedef struct {
     {                                                        \
         {NAME(shrink_FP32), NAME(shrink_BF16), NAME(shrink_FP16)}, \
         {NAME(expand_FP32), NAME(expand_BF16), NAME(expand_FP16)}, \
-        {NAME(attend_FP32), NAME(attend_BF16)}, NAME(widen_row), NAME(add_row) }
+        {NAME(attend_FP32), NAME(attend_BF16)}, {NAME(norm_FP32), NAME(norm_BF16)}, \
+        {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, NAME(widen_row), NAME(add_row) }
 #define V4(x) x##_v4
 #define V3(x) x##_v3
 #define ANY(x) x##_any
@@ -282,4 +288,51 @@ int mg_attend(const void *query, int64_t head_row, int64_t token_row, void *out,
         }
     }
     return failed;
+}
+
+static int64_t bytes(int64_t numbers, int type) { return numbers * (type == FP32 ? 4 : 2); }
+
+static void *moved(const void *p, int64_t numbers, int type) { return (char *)p + bytes(numbers, type); }
+
+/* RMSNorm of rows `x_row` apart into rows that lie side by side. weight has their type. */
+void mg_norm(const void *x, int64_t x_row, int64_t rows, int64_t count, const void *weight, float offset, float eps,
+             void *out, int type, int threads) {
+    const loops_t *const fast = loops();
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * count > FEW)
+    for (int64_t n = 0; n < rows; n++)
+        fast->norm[type](moved(x, n * x_row, type), weight, offset, eps, moved(out, n * count, type), count);
+}
+
+/* silu(a) * b: rows a_row and b_row apart, into rows that lie side by side. */
+void mg_swiglu(const void *a, int64_t a_row, const void *b, int64_t b_row, int64_t rows, int64_t count, void *out,
+               int type, int threads) {
+    const loops_t *const fast = loops();
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * count > FEW)
+    for (int64_t n = 0; n < rows; n++)
+        fast->swiglu[type](moved(a, n * a_row, type), moved(b, n * b_row, type), moved(out, n * count, type), count);
+}
+
+/* What stands before attention: queries rotated where they are, keys rotated on their way to the cache, values copied.
+
+   query, key, value: (tokens, heads or kv_heads, dim), rows of a token query_row ... apart. cos, sin: (tokens, rotated).
+   places[t]: the token's row of the cache; keys, values: (kv_heads, rows, dim). All of `type`. */
+void mg_rotate_and_store(void *query, int64_t query_row, const void *key, int64_t key_row, const void *value,
+                         int64_t value_row, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
+                         const void *cos, const void *sin, int64_t rotated, const int64_t *places, void *keys,
+                         void *values, int64_t rows, int type, int threads) {
+    const loops_t *const fast = loops();
+#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * heads * dim > FEW)
+    for (int64_t t = 0; t < tokens; t++) {
+        const void *const c = moved(cos, t * rotated, type), *const s = moved(sin, t * rotated, type);
+        for (int64_t h = 0; h < heads; h++) {
+            void *const own = moved(query, t * query_row + h * dim, type);
+            fast->rotate[type](own, c, s, own, rotated / 2, dim);
+        }
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const int64_t to = (h * rows + places[t]) * dim;
+            fast->rotate[type](moved(key, t * key_row + h * dim, type), c, s, moved(keys, to, type), rotated / 2, dim);
+            const void *const v = moved(value, t * value_row + h * dim, type);
+            memcpy(moved(values, to, type), v, bytes(dim, type));
+        }
+    }
 }

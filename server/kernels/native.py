@@ -28,6 +28,20 @@ _SIGNATURES = {
         *(_POINTER, _POINTER, _INTEGER),  # y
         *(_POINTER, _INTEGER, _POINTER, _POINTER, _TYPE),  # runs, pairs, held, threads
     ),
+    "mg_norm": (
+        *(_POINTER, _INTEGER, _INTEGER, _INTEGER),  # x
+        *(_POINTER, _FLOAT, _FLOAT, _POINTER, _TYPE, _TYPE),
+    ),
+    "mg_swiglu": (
+        *(_POINTER, _INTEGER, _POINTER, _INTEGER),  # a, b
+        *(_INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
+    ),
+    "mg_rotate_and_store": (
+        *(_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER),  # query, key, value
+        *(_INTEGER, _INTEGER, _INTEGER, _INTEGER),  # tokens, heads, kv_heads, dim
+        *(_POINTER, _POINTER, _INTEGER, _POINTER),  # cos, sin, rotated, places
+        *(_POINTER, _POINTER, _INTEGER, _TYPE, _TYPE),  # keys, values, rows
+    ),
     "mg_attend": (
         *(_POINTER, _INTEGER, _INTEGER, _POINTER),  # query, out
         *(_POINTER, _POINTER, _INTEGER, _TYPE),  # keys, values
@@ -36,6 +50,8 @@ _SIGNATURES = {
         *(_FLOAT, _FLOAT, _POINTER, _TYPE),
     ),
 }
+
+_CAN_FAIL = frozenset({"mg_lowrank", "mg_attend"})
 
 
 def _load() -> ctypes.CDLL | None:
@@ -49,7 +65,8 @@ def _load() -> ctypes.CDLL | None:
                 return None
             for name, arguments in _SIGNATURES.items():
                 function = getattr(library, name)
-                function.argtypes, function.restype = arguments, _TYPE
+                function.argtypes = arguments
+                function.restype = _TYPE if name in _CAN_FAIL else None
             return library
     return None
 
@@ -111,3 +128,84 @@ def attend(
     if failed:
         raise MemoryError("no memory for the scores of an attention")
     return out_BHD
+
+
+def rms_norm(x: Tensor, weight_F: Tensor, *, offset: float, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last axis. One dtype, rounded once."""
+    assert LIBRARY is not None
+    rows = x if x.is_contiguous() else x.contiguous()
+    out = torch.empty_like(rows)
+    features = x.shape[-1]
+    LIBRARY.mg_norm(
+        rows.data_ptr(),
+        features,
+        rows.numel() // features,
+        features,
+        weight_F.data_ptr(),
+        offset,
+        eps,
+        out.data_ptr(),
+        TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
+    """silu(a) * b. Rows may lie apart; one dtype, rounded once."""
+    assert LIBRARY is not None
+    assert a_TF.stride(1) == b_TF.stride(1) == 1
+    out_TF = torch.empty(a_TF.shape, dtype=a_TF.dtype)
+    LIBRARY.mg_swiglu(
+        a_TF.data_ptr(),
+        a_TF.stride(0),
+        b_TF.data_ptr(),
+        b_TF.stride(0),
+        *a_TF.shape,
+        out_TF.data_ptr(),
+        TYPES[a_TF.dtype],
+        torch.get_num_threads(),
+    )
+    return out_TF
+
+
+def rotate_and_store(
+    query_THD: Tensor,
+    key_TKD: Tensor,
+    value_TKD: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    places_T: Tensor,
+    keys_KLD: Tensor,
+    values_KLD: Tensor,
+) -> None:
+    """Rotate the queries in place, and the keys on their way to the rows `places_T` of the cache, where values go, too.
+
+    H query heads, K KV heads, R <= D rotated features in halves, L rows of the cache. One dtype.
+    """
+    assert LIBRARY is not None
+    assert keys_KLD.is_contiguous() and values_KLD.is_contiguous() and cos_TR.is_contiguous() and sin_TR.is_contiguous()
+    tokens, heads, dim = query_THD.shape
+    for part in (query_THD, key_TKD, value_TKD):
+        assert part.stride(2) == 1 and part.stride(1) == dim
+    LIBRARY.mg_rotate_and_store(
+        query_THD.data_ptr(),
+        query_THD.stride(0),
+        key_TKD.data_ptr(),
+        key_TKD.stride(0),
+        value_TKD.data_ptr(),
+        value_TKD.stride(0),
+        tokens,
+        heads,
+        key_TKD.shape[1],
+        dim,
+        cos_TR.data_ptr(),
+        sin_TR.data_ptr(),
+        cos_TR.shape[1],
+        places_T.data_ptr(),
+        keys_KLD.data_ptr(),
+        values_KLD.data_ptr(),
+        keys_KLD.shape[1],
+        TYPES[query_THD.dtype],
+        torch.get_num_threads(),
+    )

@@ -18,6 +18,10 @@ typedef uint16_t NAME(hvec) __attribute__((vector_size(LANES * 2)));
 #define exp_vec NAME(exp_vec)
 #define larger NAME(larger)
 #define attend_group NAME(attend_group)
+#define store_up_to NAME(store_up_to)
+#define rotate_row NAME(rotate_row)
+#define swiglu_row NAME(swiglu_row)
+#define norm_row NAME(norm_row)
 
 INLINE vec load_fp32(const float *p) {
     vec v;
@@ -196,6 +200,77 @@ INLINE vec larger(vec a, vec b) {
     return (vec)(((uvec)a & take) | ((uvec)b & ~take));
 }
 
+/* The `count` numbers from `at` on, `left` of which are there. */
+#define load_up_to(p, at, left, type) ((left) >= LANES ? load(p, at, type) : load_some(p, at, left, type))
+
+INLINE void store_up_to(void *p, int64_t at, int64_t left, vec value, const int type) {
+    float lanes[LANES];
+    if (type == FP32 && left >= LANES) {
+        memcpy((float *)p + at, &value, sizeof value);
+        return;
+    }
+    memcpy(lanes, &value, sizeof value);
+    for (int64_t i = 0; i < LANES && i < left; i++)
+        if (type == FP32) ((float *)p)[at + i] = lanes[i];
+        else ((uint16_t *)p)[at + i] = narrow(lanes[i]);
+}
+
+/* out = x / sqrt(mean(x^2) + eps) * (weight + offset) */
+INLINE void norm_row(const void *x, const void *weight, float offset, float eps, void *out, int64_t count,
+                     const int type) {
+    vec squares = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec value = load_up_to(x, i, count - i, type);
+        squares += value * value;
+    }
+    const float factor = 1 / sqrtf(sum(squares) / count + eps);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec gain = load_up_to(weight, i, count - i, type) + offset;
+        store_up_to(out, i, count - i, load_up_to(x, i, count - i, type) * factor * gain, type);
+    }
+}
+
+/* out = a / (1 + exp(-a)) * b */
+INLINE void swiglu_row(const void *a, const void *b, void *out, int64_t count, const int type) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec gate = load_up_to(a, i, count - i, type);
+        const vec small = exp_vec((vec)((uvec)gate | 0x80000000u));
+        const uvec negative = (uvec)(gate < 0.0f);
+        const vec above = (vec)(((uvec)small & negative) | ((uvec)((vec){0} + 1.0f) & ~negative));
+        store_up_to(out, i, count - i, gate * above / (1.0f + small) * load_up_to(b, i, count - i, type), type);
+    }
+}
+
+/* Pairs (i, i + half) turned by their angles; what lies behind them is copied. */
+INLINE void rotate_row(const void *x, const void *cos, const void *sin, void *out, int64_t half, int64_t count,
+                       const int type) {
+    for (int64_t i = 0; i < half; i += LANES) {
+        const int64_t left = half - i;
+        const vec low = load_up_to(x, i, left, type), high = load_up_to(x, half + i, left, type);
+        const vec made = low * load_up_to(cos, i, left, type) - high * load_up_to(sin, i, left, type);
+        const vec other = high * load_up_to(cos, half + i, left, type) + low * load_up_to(sin, half + i, left, type);
+        store_up_to(out, i, left, made, type);
+        store_up_to(out, half + i, left, other, type);
+    }
+    const int64_t size = type == FP32 ? 4 : 2;
+    memmove((char *)out + 2 * half * size, (const char *)x + 2 * half * size, (count - 2 * half) * size);
+}
+
+#define ROWS(TYPE)                                                                                                  \
+    static void NAME(norm_##TYPE)(const void *x, const void *weight, float offset, float eps, void *out,            \
+                                  int64_t count) {                                                                  \
+        norm_row(x, weight, offset, eps, out, count, TYPE);                                                         \
+    }                                                                                                               \
+    static void NAME(swiglu_##TYPE)(const void *a, const void *b, void *out, int64_t count) {                       \
+        swiglu_row(a, b, out, count, TYPE);                                                                         \
+    }                                                                                                               \
+    static void NAME(rotate_##TYPE)(const void *x, const void *cos, const void *sin, void *out, int64_t half,       \
+                                    int64_t count) {                                                                \
+        rotate_row(x, cos, sin, out, half, count, TYPE);                                                            \
+    }
+ROWS(FP32)
+ROWS(BF16)
+
 /* What one KV head's query heads see of one sequence: scores, softmax, weighted values. `query` (group, dim) is fp32 and
    scaled; `scores` has room for group * padded; positions first ... length - 1 are seen. */
 INLINE void attend_group(const float *query, const void *keys, const void *values, const int64_t *blocks,
@@ -270,6 +345,12 @@ static void NAME(attend_BF16)(const float *query, const void *keys, const void *
 #undef exp_vec
 #undef larger
 #undef attend_group
+#undef load_up_to
+#undef ROWS
+#undef store_up_to
+#undef rotate_row
+#undef swiglu_row
+#undef norm_row
 #undef DOTS
 #undef SHRINK
 #undef SPREAD

@@ -122,28 +122,39 @@ def attend(
         graft_plan.layers[layer] = LayerShape(key.shape[1], key.shape[3])
         graft_plan.modules[layer] = module
         return query.transpose(1, 2).contiguous(), None
-    graft_plan.seen += 1
     graft_plan.cache.write(layer, graft_plan.rows_T, key[0], value[0])
+    return read_cache(query[0], graft_plan, layer, sliding_window, scale, softcap, s_aux), None
+
+
+def read_cache(
+    query_HTD: Tensor,
+    plan: AttentionPlan,
+    layer: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """(1, T, H, D): what the step's tokens see of the cache, in which their own keys and values stand already."""
+    plan.seen += 1
     parts = []
-    decodes = 0
-    if graft_plan.decode_blocks_BN is not None:
-        decodes = graft_plan.decode_blocks_BN.shape[0]
-        decode = decode_in_place if in_place(query, graft_plan.cache) else decode_gathered
-        parts.append(decode(query[0, :, :decodes], graft_plan, layer, sliding_window, scale, softcap, s_aux))
-    start = decodes
-    for index, span in enumerate(graft_plan.spans):
-        keys, values = graft_plan.cache.gather(layer, span.blocks_1N)
-        mask = graft_plan.span_mask(index, sliding_window)
-        chunk = query[0, :, start : start + span.count]
-        parts.append(_prefill(chunk, keys[:, 0], values[:, 0], mask, scale, softcap, s_aux))
+    start = 0
+    if plan.decode_blocks_BN is not None:
+        start = plan.decode_blocks_BN.shape[0]
+        decode = decode_in_place if in_place(query_HTD, plan.cache, query_HTD.shape[-1]) else decode_gathered
+        parts.append(decode(query_HTD[:, :start], plan, layer, window, scale, softcap, sinks_H))
+    for index, span in enumerate(plan.spans):
+        keys, values = plan.cache.gather(layer, span.blocks_1N)
+        mask = plan.span_mask(index, window)
+        chunk = query_HTD[:, start : start + span.count]
+        parts.append(_prefill(chunk, keys[:, 0], values[:, 0], mask, scale, softcap, sinks_H))
         start += span.count
-    return torch.cat(parts)[None], None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 
-def in_place(query: Tensor, cache: KvCache) -> bool:
-    """Whether the native kernel can read the cache where it is."""
-    kept = cache.keys[0].dtype
-    return native.serves(query.device, query.dtype) and kept == query.dtype and query.shape[-1] % native.LANES == 0
+def in_place(x: Tensor, cache: KvCache, dim: int) -> bool:
+    """Whether the native kernels can work on the cache where it is, with activations like x and heads of `dim`."""
+    return native.serves(x.device, x.dtype) and cache.keys[0].dtype == x.dtype and dim % native.LANES == 0
 
 
 def decode_in_place(

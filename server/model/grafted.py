@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.kernels.native import MEMBERS
 from server.kernels.products import Product, fastest
-from server.model.norms import Unit, embedding_factor, norm_shape, prove_norm
+from server.model.norms import Unit, embedding_factor, fast_norm, norm_shape, prove_norm
 from server.model.weights import Stock
 from server.primitives.gates import Gates
 from server.primitives.site import (
@@ -183,16 +183,20 @@ class GraftedEmbedding(nn.Module):
 class GraftedNorm(nn.Module):
     """A norm of the base and its Site."""
 
-    def __init__(self, name: str, base: nn.Module, unit: Unit, active: Active) -> None:
+    def __init__(
+        self, name: str, base: nn.Module, unit: Unit, active: Active, fast: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        """`fast` gives what the base gives."""
         super().__init__()
         self.name = name
         self.base = base
+        self.compute = fast or base.forward
         self.unit = unit.norm
         self.axis = unit.axis
         self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
+        y: Tensor = self.compute(x)
         operand = self.active.operands.get(self.name)
         gates = self.active.gates
         if operand is None or gates is None:
@@ -251,7 +255,7 @@ def graft_network(
             grafted = GraftedEmbedding(name, module, active)
         elif name in seen and (unit := prove_norm(module, seen[name], lengths)) is not None:
             norms[name] = norm_shape(module)
-            grafted = GraftedNorm(name, module, unit, active)
+            grafted = GraftedNorm(name, module, unit, active, fast_norm(module, seen[name]))
         else:
             continue
         _replace(network, name, grafted)

@@ -22,6 +22,7 @@ from server.errors import StartupRefused
 from server.model import attention
 from server.model.attention import ShapeRecorder, UnsupportedAttention
 from server.model.experts import graft_experts
+from server.model.fused import fuse
 from server.model.grafted import graft_network, linear_inputs
 from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
@@ -88,7 +89,13 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         groups=sites.groups,
     )
     network = Network(stock, facts, active, places)
-    _prove(network, probes, expected)
+    undo = fuse(stock, device, dtype)
+    try:
+        _prove(network, probes, expected)
+    except StartupRefused as error:
+        log.info("the native attention and MLP are not what this base computes, it keeps its own: %s", error)
+        undo()
+        _prove(network, probes, expected)
     return network
 
 

@@ -11,7 +11,7 @@ F features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from server.kernels import native
 from server.primitives.site import NormShape
 
 # Relative to the largest output: products of one rounding each, in the dtype of the base.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+TINY = 1e-3  # of inputs of size one: their mean square is of the size of any epsilon
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,25 @@ def prove_norm(norm: nn.Module, seen: Sequence[Tensor], lengths: Sequence[int]) 
     for unit, c in ((_with_weight(norm, 1.0), 0.0), (_with_weight(norm, 0.0), 1.0)):
         if all(_holds(norm, unit, x, c=c) for x in seen):
             return Unit(unit, axis)
+    return None
+
+
+def fast_norm(norm: nn.Module, seen: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """The native RMSNorm that gives what this module gives, or None where none does."""
+    weight = norm.weight
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or not isinstance(eps, float) or getattr(norm, "bias", None) is not None:
+        return None
+    weight_F = weight.detach()
+    if not native.serves(weight_F.device, weight_F.dtype) or any(x.dtype != weight_F.dtype for x in seen):
+        return None
+    for offset in (0.0, 1.0):
+
+        def made(x: Tensor, offset: float = offset) -> Tensor:
+            return native.rms_norm(x, weight_F, offset=offset, eps=eps)
+
+        if all(_close(norm(x), made(x)) for whole in seen for x in (whole, whole * TINY)):
+            return made
     return None
 
 
@@ -123,3 +146,8 @@ def _holds(norm: nn.Module, unit: nn.Module, x: Tensor, *, c: float) -> bool:
         expected = expected + shape.bias_F.float()
     limit = TOLERANCE[y.dtype] * y.float().abs().max().item()
     return (y.float() - expected).abs().max().item() <= limit
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    limit = TOLERANCE[one.dtype] * one.float().abs().max().item()
+    return (one.float() - other.float()).abs().max().item() <= limit
