@@ -282,6 +282,8 @@ class Scheduler:
 
     def _admit(self, queue: Queue[Sequence], draft: Draft) -> Sequence | None:
         """Let the first of a queue run, with blocks for all that it has to compute, or None while there is no room."""
+        if len(self.running) >= self.max_running and not self._above(queue):
+            return None
         sequence = queue.head
         need = self._need(sequence)
         if not self._fits(need, free=self.pool.available, running=len(self.running)):
@@ -319,8 +321,7 @@ class Scheduler:
 
         Law: every one brings the places of the queues nearer to their weights, so nobody is preempted to and fro.
         """
-        others = [other for other in self._queues.seated if other is not queue and other.tag > queue.tag]
-        heap = [(-len(other.running) / other.weight, other.name, list(other.running.values())) for other in others]
+        heap = [(-len(one.running) / one.weight, one.name, list(one.running.values())) for one in self._above(queue)]
         heapq.heapify(heap)
         share = (len(queue.running) + 1) / queue.weight
         free, running, found = self.pool.available, len(self.running), list[Sequence]()
@@ -337,6 +338,15 @@ class Scheduler:
             running -= 1
             free += sum(self.pool.is_sole(block) and block not in hits for block in youngest.blocks)
         return found if self._fits(need, free=free, running=running) else []
+
+    def _above(self, queue: Queue[Sequence]) -> list[Queue[Sequence]]:
+        """Queues that have had more and could give a place away without having less of them than `queue` then has."""
+        share = (len(queue.running) + 1) / queue.weight
+        return [
+            other
+            for other in self._queues.seated
+            if other is not queue and other.tag > queue.tag and (len(other.running) - 1) / other.weight >= share
+        ]
 
     def _hits(self, sequence: Sequence) -> list[int]:
         """The longest run of cached blocks; at least one token is left to compute, since its logits are wanted."""
