@@ -8,7 +8,6 @@ step, is logged, and the loop goes on.
 from __future__ import annotations
 
 import asyncio
-import fnmatch
 import logging
 import math
 import queue
@@ -17,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -516,7 +516,7 @@ def _names(mixture: Mixture) -> set[str]:
 def _weight(request: GenerationRequest, shares: Sequence[tuple[str, float]]) -> float:
     """That of the first pattern that fits an adapter of the request."""
     names = _names(request.mixture)
-    return next((weight for pattern, weight in shares if fnmatch.filter(names, pattern)), 1.0)
+    return next((weight for pattern, weight in shares if any(fnmatchcase(name, pattern) for name in names)), 1.0)
 
 
 def _prompt_tokens(config: EngineConfig, device: torch.device) -> int:

@@ -329,7 +329,7 @@ class Scheduler:
         while heap and not self._fits(need, free=free, running=running):
             _, name, members = heapq.heappop(heap)
             youngest = members.pop()
-            if not members or len(members) / youngest.weight < share:
+            if len(members) / youngest.weight < share:
                 continue
             heapq.heappush(heap, (-len(members) / youngest.weight, name, members))
             if youngest.id in draft.counts and draft.counts[youngest.id] > 1:
