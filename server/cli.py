@@ -39,7 +39,7 @@ def serve(
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Of these for prompts while others generate, or twice as many as do (default: 128 on a CPU, else all).",
+            help="Of these for prompts while others generate, or two for each (default: 128 on a CPU, else all).",
             min=1,
         ),
     ] = _ENGINE.prompt_tokens,
