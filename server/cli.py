@@ -12,6 +12,8 @@ from server.config import AdapterConfig, EngineConfig, HttpConfig, ModelConfig, 
 
 _MODEL, _ENGINE, _ADAPTERS, _HTTP = ModelConfig(base=""), EngineConfig(), AdapterConfig(), HttpConfig()
 
+MAX_SHARE = 1000
+
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to the one command line."""
@@ -34,6 +36,20 @@ def serve(
     max_batch_tokens: Annotated[
         int, typer.Option(help="Tokens computed in one step; longer prompts are cut into chunks.", min=1)
     ] = _ENGINE.max_batch_tokens,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Of these for prompts while others generate, or two for each (default: 128 on a CPU, else all).",
+            min=1,
+        ),
+    ] = _ENGINE.prompt_tokens,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=WEIGHT, such as 'team/*=4': how much of a busy server its requests get beside others' (1); "
+            "the first that fits; may be repeated."
+        ),
+    ] = None,
     max_running: Annotated[int, typer.Option(help="Requests in one batch.", min=1)] = _ENGINE.max_running,
     max_waiting: Annotated[
         int, typer.Option(help="Requests waiting for a place in the batch; beyond it they get 503.", min=0)
@@ -97,6 +113,7 @@ def serve(
     evict adapters, which are closed without it. HUB_URL and HUB_TOKEN name a remote hub to fetch from and to follow.
     Every option is read from MULTIGRAFT_SERVE_OPTION, too.
     """
+    shares = tuple(map(_share, share or ()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("alembic", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -105,6 +122,8 @@ def serve(
         engine=EngineConfig(
             max_model_len=max_model_len,
             max_batch_tokens=max_batch_tokens,
+            prompt_tokens=prompt_tokens,
+            shares=shares,
             max_running=max_running,
             max_waiting=max_waiting,
             block_size=block_size,
@@ -147,3 +166,15 @@ def serve(
     except StartupRefused as error:
         typer.echo(f"hub serve: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+def _share(text: str) -> tuple[str, float]:
+    """`NAME=WEIGHT`. Raises: BadParameter."""
+    pattern, _, written = text.rpartition("=")
+    try:
+        weight = float(written)
+    except ValueError:
+        weight = 0.0
+    if not pattern or not 0 < weight <= MAX_SHARE:
+        raise typer.BadParameter(f"{text} is not NAME=WEIGHT with a weight above 0 and up to {MAX_SHARE}")
+    return pattern, weight

@@ -12,9 +12,11 @@ import logging
 import math
 import queue
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -50,6 +52,10 @@ from server.records import (
 )
 
 log = logging.getLogger(__name__)
+
+PROMPT_TOKENS_ON_CPU = 128  # a CPU's step takes as long as it has tokens, from about so many on: see decision 24
+QUEUE_RESERVE = 16  # of so many open requests one place is kept for others than the queue that holds all the rest
+PROBES = "(golden rows)"  # the queue of probes; no name of an adapter has parentheses
 
 
 class EventStream:
@@ -130,12 +136,16 @@ class EngineLoop:
             block_size=config.block_size,
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
+            prompt_tokens=_prompt_tokens(config, facts.device),
         )
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: dict[int, Live] = {}
         self._outbox: list[tuple[Live, Event]] = []
         self._next_id = 0
         self._open = 0
+        self._open_of: Counter[str] = Counter()  # by queue
+        self._digests: Counter[str] = Counter()  # of the grafts of all that wait or run
+        self._told = -1  # the scheduler's count of changes at the last snapshot
         self._snapshot = EngineSnapshot(0, 0, 0, blocks, config.block_size, (), ())
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -165,7 +175,9 @@ class EngineLoop:
         except (QueueFull, PromptTooLong, InvalidValue):
             lease.release()
             raise
+        queue_name = queue_of(request)
         self._open += 1
+        self._open_of[queue_name] += 1
         self._next_id += 1
         sequence = ScheduledSequence(
             id=self._next_id,
@@ -177,6 +189,8 @@ class EngineLoop:
             stop_ids=request.stop_token_ids | (frozenset() if request.ignore_eos else self._network.facts.end_ids),
             reuse=self._config.prefix_cache and _reads_cache(request),
             share=self._config.prefix_cache and _fills_cache(request),
+            queue=queue_name,
+            weight=_weight(request, self._config.shares),
         )
         stream = EventStream(lambda: self._inbox.put(lambda: self._drop(sequence.id)))
         live = Live(request, lease, stream, asyncio.get_running_loop(), sequence)
@@ -212,6 +226,11 @@ class EngineLoop:
         limit = self._config.max_running + self._config.max_waiting
         if self._open >= limit:
             raise QueueFull(f"{self._open} requests are open, the limit is {limit}", retry_after_s=1.0)
+        own, most = self._open_of[queue_of(request)], limit - limit // QUEUE_RESERVE
+        if own >= most:
+            raise QueueFull(
+                f"{own} requests of one adapter are open, the limit is {most} of {limit}", retry_after_s=1.0
+            )
         if request.return_routing and lease.route is None:
             raise InvalidValue("return_routing: this request is not routed token by token", param="return_routing")
         if request.embed and not self._network.facts.decoder_layers:
@@ -395,34 +414,35 @@ class EngineLoop:
         if live.route is not None and live.route.router is not None:
             live.route = live.route.heard(self._network.reading(live.request.prompt_ids))
         self._live[live.sequence.id] = live
+        self._digests.update(graft.digest for graft, _ in live.lease.grafts)
         self._scheduler.add(live.sequence)
 
     def _drop(self, id_: int) -> None:
         """A cancelled request: its blocks and lease are free before the next step."""
-        live = self._live.pop(id_, None)
+        live = self._forget(id_)
         if live is not None:
-            self._scheduler.finish(live.sequence)
             live.loop.call_soon_threadsafe(self._close, [live])
 
     def _end(self, id_: int, event: Finished | Failed) -> None:
+        live = self._forget(id_)
+        if live is not None:
+            self._outbox.append((live, event))
+
+    def _forget(self, id_: int) -> Live | None:
+        """Give back the blocks of a request that ends; None when it has ended already."""
         live = self._live.pop(id_, None)
         if live is not None:
             self._scheduler.finish(live.sequence)
-            self._outbox.append((live, event))
+            self._digests.subtract(graft.digest for graft, _ in live.lease.grafts)
+        return live
 
     def _deliver(self) -> None:
         """Publish the step's numbers and send its events, one wake-up per HTTP loop."""
-        running = {g.digest for s in self._scheduler.running for g, _ in self._live[s.id].lease.grafts}
-        waiting = {g.digest for s in self._scheduler.waiting for g, _ in self._live[s.id].lease.grafts}
-        self._snapshot = EngineSnapshot(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            kv_blocks_used=self._pool.held,
-            kv_blocks_total=self._pool.total,
-            block_size=self._config.block_size,
-            running_adapters=tuple(sorted(running)),
-            waiting_adapters=tuple(sorted(waiting)),
-        )
+        if self._scheduler.changes != self._told:
+            self._told = self._scheduler.changes
+            self._snapshot = self._look()
+        elif self._snapshot.kv_blocks_used != self._pool.held:
+            self._snapshot = replace(self._snapshot, kv_blocks_used=self._pool.held)
         if not self._outbox:
             return
         outbox, self._outbox = self._outbox, []
@@ -431,6 +451,20 @@ class EngineLoop:
             by_loop.setdefault(live.loop, []).append((live, event))
         for loop, events in by_loop.items():
             loop.call_soon_threadsafe(self._arrive, events)
+
+    def _look(self) -> EngineSnapshot:
+        """It looks at every running request and every digest in use, never at every waiting request."""
+        running = Counter(g.digest for s in self._scheduler.running for g, _ in self._live[s.id].lease.grafts)
+        self._digests += Counter()  # drops what is no longer held
+        return EngineSnapshot(
+            running=len(self._scheduler.running),
+            waiting=self._scheduler.waiting,
+            kv_blocks_used=self._pool.held,
+            kv_blocks_total=self._pool.total,
+            block_size=self._config.block_size,
+            running_adapters=tuple(sorted(running)),
+            waiting_adapters=tuple(sorted(digest for digest, held in self._digests.items() if held > running[digest])),
+        )
 
     # What follows runs on the HTTP loop.
 
@@ -442,6 +476,9 @@ class EngineLoop:
     def _close(self, ended: Sequence[Live]) -> None:
         for live in ended:
             self._open -= 1
+            self._open_of[live.sequence.queue] -= 1
+            if not self._open_of[live.sequence.queue]:
+                del self._open_of[live.sequence.queue]
             live.lease.release()
 
 
@@ -455,6 +492,11 @@ def _fills_cache(request: GenerationRequest) -> bool:
     return request.prompt_logprobs is None and not request.keep_logits and not request.return_routing
 
 
+def queue_of(request: GenerationRequest) -> str:
+    """Whose share of the service it uses: the adapters' names, whatever their versions and weights; empty: the base."""
+    return PROBES if request.keep_logits else "+".join(sorted(_names(request.mixture)))
+
+
 def course_of(lease: Lease, prompt: Sequence[int]) -> Course:
     """What each position of a request is computed with. Equal courses over equal tokens leave equal KV."""
     if lease.route is not None:  # nothing stands beside it
@@ -464,6 +506,24 @@ def course_of(lease: Lease, prompt: Sequence[int]) -> Course:
     ]
     before = ">".join(graft.digest for graft in prefixed(lease.grafts))
     return course(terms, prompt, virtual=lease.virtual_tokens, virtual_label=before)
+
+
+def _names(mixture: Mixture) -> set[str]:
+    """Of a routed request the router's, or where there is none its experts'."""
+    experts = () if mixture.terms or mixture.routing is None else mixture.routing.experts
+    return {term.name for term in (*mixture.terms, *experts)}
+
+
+def _weight(request: GenerationRequest, shares: Sequence[tuple[str, float]]) -> float:
+    """That of the first pattern that fits an adapter of the request."""
+    names = _names(request.mixture)
+    return next((weight for pattern, weight in shares if any(fnmatchcase(name, pattern) for name in names)), 1.0)
+
+
+def _prompt_tokens(config: EngineConfig, device: torch.device) -> int:
+    if config.prompt_tokens is not None:
+        return config.prompt_tokens
+    return PROMPT_TOKENS_ON_CPU if device.type == "cpu" else config.max_batch_tokens
 
 
 def _check_reach(request: GenerationRequest, lease: Lease) -> None:

@@ -59,6 +59,10 @@ class BlockPool:
     def is_held(self, block: int) -> bool:
         return self._owners[block] > 0
 
+    def is_sole(self, block: int) -> bool:
+        """It has one owner: released by that one, it is available."""
+        return self._owners[block] == 1
+
     def share(self, block: int) -> None:
         """Add an owner to a block that `find` returned."""
         if self._owners[block] == 0:

@@ -23,6 +23,7 @@ REFUSED = (
     ("a name nobody knows, in a list", ["server.tolerations[0].kye=gpu"], "kye"),
     ("a word for a number", ["server.replicas=two"], "replicas"),
     ("a number as a text", ["server.options.kvBytes=1Gi"], "kvBytes"),
+    ("a share without a weight", ["server.options.share[0]=team/*"], "share"),
     ("a word that is no choice", ["registry.image.pullPolicy=Sometimes"], "pullPolicy"),
     ("a truth value as a word", ["networkPolicy.enabled=yes please"], "enabled"),
     ("the latest image", ["server.image.tag=latest"], "tag"),
