@@ -182,6 +182,12 @@ class LocalHub:
             raise NotFound(f"adapter {digest} has no file {printable(path)}")
         return self._blobs.stream(entry.sha256)
 
+    def load(self, digest: str, entry: FileEntry) -> memoryview:
+        return self._blobs.load(entry.sha256, entry.size)
+
+    def at_hand(self, entry: FileEntry) -> bool:
+        return True
+
     def pull(self, reference: Reference, folder: Path) -> Resolved:
         from hub.folder import pull_folder
 

@@ -38,7 +38,7 @@ async def refused(server: Any, *terms: tuple[str, float]) -> ServerError:
 
 
 def loads(server: Any) -> int:
-    value = server.metrics.registry.get_sample_value("multigraft_adapter_load_seconds_count", {"tier": "hub"})
+    value = server.metrics.registry.get_sample_value("multigraft_adapter_load_seconds_count", {"tier": "disk"})
     return int(value or 0)
 
 
