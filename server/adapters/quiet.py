@@ -24,7 +24,7 @@ class QuietThreads:
 
     def __init__(self, count: int) -> None:
         cores = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(count, "adapter-load", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(count, "adapter-load", initializer=_keep_to_one_core)
         together = threading.Barrier(count + 1)
         for _ in range(count):
             self._pool.submit(together.wait)
@@ -34,3 +34,8 @@ class QuietThreads:
     async def run(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """As `asyncio.to_thread`."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(*args, **kwargs))
+
+
+def _keep_to_one_core() -> None:
+    torch.get_num_threads()  # a thread takes over what was set for all when it asks first, also after it was set here
+    torch.set_num_threads(1)
