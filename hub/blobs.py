@@ -178,7 +178,7 @@ class DirectoryBlobs:
                 more = source.read(1)
         except FileNotFoundError as error:
             raise NotFound(f"blob {sha256} is not stored") from error
-        if hasher.hexdigest() != sha256 or more:
+        if hasher.hexdigest() != sha256 or position != size or more:
             raise Corrupt(f"blob {sha256} is damaged: it has not the {size} bytes that hash to its name")
         return whole
 
