@@ -18,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hub.blobs import DirectoryBlobs, open_blob
+from hub.blobs import DirectoryBlobs
 from hub.contract import LATEST, Adapter, Event, HubReader, Resolved
 from hub.digest import check_digest
 from hub.errors import Corrupt, HubUnavailable, NotFound
@@ -26,7 +26,7 @@ from hub.manifest import parse_manifest
 from hub.ref import Reference, printable
 
 if TYPE_CHECKING:
-    from hub.manifest import Manifest
+    from hub.manifest import FileEntry, Manifest
 
 MAX_REMEMBERED = 10_000
 _MEMORY = "resolved.json"
@@ -77,18 +77,23 @@ class CachedHub:
         entry = self.manifest(digest).file(path)
         if entry is None:
             raise NotFound(f"adapter {digest} has no file {printable(path)}")
+        return bytes(self.load(digest, entry))
+
+    def load(self, digest: str, entry: FileEntry) -> memoryview:
         try:
-            with open_blob(self._blobs, entry.sha256) as source:
-                content = source.read()
+            content = self._blobs.load(entry.sha256, entry.size)
             self._blobs.touch(entry.sha256)
             return content
         except NotFound:
             pass
         except Corrupt:
             self._blobs.delete(entry.sha256)
-        content = self._hub.read(digest, path)
+        content = self._hub.load(digest, entry)
         self._keep(entry.sha256, content)
         return content
+
+    def at_hand(self, entry: FileEntry) -> bool:
+        return self._blobs.size(entry.sha256) is not None or self._hub.at_hand(entry)
 
     def adapters(self, pattern: str | None = None) -> list[Adapter]:
         """While the hub is away, of the whole list the last one that was seen."""
@@ -114,7 +119,7 @@ class CachedHub:
     def watch(self, after: int) -> Iterator[list[Event]]:
         return self._hub.watch(after)
 
-    def _keep(self, sha256: str, content: bytes) -> None:
+    def _keep(self, sha256: str, content: memoryview) -> None:
         """Into the cache, if it can hold it at all; a disk that is full costs nothing but the next fetch."""
         if len(content) > self._budget_bytes:
             return

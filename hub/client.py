@@ -20,6 +20,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
+from hub.blobs import gather
 from hub.contract import LATEST, Adapter, Collected, Difference, Event, Pushed, Resolved, Verified
 from hub.credentials import check_url
 from hub.errors import BadReference, Corrupt, HubError, HubUnavailable, NotFound, UploadBusy, UploadGone
@@ -113,6 +114,12 @@ class RemoteHub:
         if entry is None:
             raise NotFound(f"adapter {digest} has no file {printable(path)}")
         return self._fetch(digest, entry)
+
+    def load(self, digest: str, entry: FileEntry) -> memoryview:
+        return gather(self._fetch(digest, entry), entry.size)
+
+    def at_hand(self, entry: FileEntry) -> bool:
+        return False
 
     def pull(self, reference: Reference, folder: Path) -> Resolved:
         from hub.folder import pull_folder

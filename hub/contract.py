@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from hub.ref import Reference
 
 if TYPE_CHECKING:
-    from hub.manifest import Manifest
+    from hub.manifest import FileEntry, Manifest
 
 LATEST = "latest"
 
@@ -134,6 +134,14 @@ class HubReader(Protocol):
 
     def read(self, digest: str, path: str) -> bytes:
         """One kept file, re-hashed. Raises: NotFound, Corrupt."""
+        ...
+
+    def load(self, digest: str, entry: FileEntry) -> memoryview:
+        """A kept file as its manifest tells it, re-hashed, in memory of its own. Raises: NotFound, Corrupt."""
+        ...
+
+    def at_hand(self, entry: FileEntry) -> bool:
+        """Whether a kept file lies on a disk of this machine."""
         ...
 
     def adapters(self, pattern: str | None = None) -> list[Adapter]:

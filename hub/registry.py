@@ -14,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 HOME_VARIABLE = "MULTIGRAFT_HOME"
 LEASE_S = 3600.0
 WATCH_S = 0.1  # between two looks at a log that has nothing new
+GLANCE_S = 0.02  # between two looks at whether its files have changed
+CATALOGUE_FILES = ("catalogue.sqlite", "catalogue.sqlite-wal")
 MAX_NOTE = 2000
 _TRIES = 3
 
@@ -88,7 +90,7 @@ class LocalHub:
             self._blobs = DirectoryBlobs(home / "blobs") if blobs is None else blobs
         except OSError as error:
             raise HubUnavailable(f"the hub's home {printable(str(home))} is not usable: {error.strerror}") from error
-        engine = open_database(home / "catalogue.sqlite")
+        engine = open_database(home / CATALOGUE_FILES[0])
         self._catalogue = Catalogue(engine, clock=clock)
         self.keys = Keys(engine, clock=clock)
         self.uploads = Uploads(engine, self._blobs, home / "uploads", lease_s=lease_s, clock=clock, limits=limits)
@@ -182,6 +184,12 @@ class LocalHub:
             raise NotFound(f"adapter {digest} has no file {printable(path)}")
         return self._blobs.stream(entry.sha256)
 
+    def load(self, digest: str, entry: FileEntry) -> memoryview:
+        return self._blobs.load(entry.sha256, entry.size)
+
+    def at_hand(self, entry: FileEntry) -> bool:
+        return True
+
     def pull(self, reference: Reference, folder: Path) -> Resolved:
         from hub.folder import pull_folder
 
@@ -262,7 +270,23 @@ class LocalHub:
             if found:
                 after = found[-1].seq
             else:
-                time.sleep(WATCH_S)
+                self._wait()
+
+    def _wait(self) -> None:
+        """Short while the catalogue's files have just been written to, for a commit is seen some time after that."""
+        until = time.monotonic() + WATCH_S
+        while time.monotonic() < until:
+            time.sleep(GLANCE_S)
+            if time.time() - self._written_at() < WATCH_S:
+                return
+
+    def _written_at(self) -> float:
+        """When the catalogue was last written to; a look at that costs far less than a question to it."""
+        latest = 0.0
+        for name in CATALOGUE_FILES:
+            with suppress(FileNotFoundError):  # what is not written back yet comes and goes with who is connected
+                latest = max(latest, (self.home / name).stat().st_mtime)
+        return latest
 
     def _store(self, folder: Path, manifest: Manifest, *, name: str, moved: Sequence[str], by: By) -> Pushed:
         lease = uuid.uuid4().hex

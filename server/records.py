@@ -168,7 +168,7 @@ class Finished:
     completion_tokens: int
     cached_tokens: int
     stop_token_id: int | None = None
-    logits: tuple[float, ...] | None = None
+    logits: bytes | None = None  # in fp32
     embedding: tuple[float, ...] | None = None
     routes: tuple[RouteRow, ...] = ()  # as in `Sampled`
 

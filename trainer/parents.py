@@ -262,6 +262,7 @@ def _changed(parent: Parent, tensors: dict[str, Tensor], stock: StockLinears, ta
             raise FusionRefused(f"{parent}: {module}: {error}") from error
         A_RI, B_OR = change.A_RI, change.B_OR
         assert A_RI is not None and B_OR is not None, "these kinds are low-rank terms"
+        B_OR = B_OR * change.scaling
         if not (A_RI.isfinite().all() and B_OR.isfinite().all()):
             raise FusionRefused(f"{parent}: what it adds to {module} is no finite number")
         if change.excess_out_O is None:
@@ -277,7 +278,7 @@ def _of_full_rank(change: Change, weight: Callable[[], Tensor]) -> Tensor:
     """What scaled rows and a low-rank term beside them add to a weight (O, I), in fp64."""
     assert change.A_RI is not None and change.B_OR is not None and change.excess_out_O is not None
     scaled_OI = change.excess_out_O.double()[:, None] * weight().double()
-    return scaled_OI + change.B_OR.double() @ change.A_RI.double()
+    return scaled_OI + change.scaling * (change.B_OR.double() @ change.A_RI.double())
 
 
 def _added(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Found:
     """One Linear of the base that is served, and the adapter's tensors there.
 
-    They have the shapes that the kind's `Part` demands, and are in fp32; integers, as `Part` names them, in 64 bits.
+    They have the shapes that the kind's `Part` demands, and are in fp32; integers, as `Part` names them, in 64 bits;
+    what `Part` names as taken as stored, in the dtype of its file.
     `weight` gives the base's own (O, I), in fp32, as the server multiplies with it; it may be on another device.
     """
 
@@ -51,15 +52,17 @@ class Entries:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """y = M_out (1 + excess_out) * W M_in (1 + excess_in) * x + B A x + D x + bias; what is None is not there.
+    """y = M_out (1 + excess_out) * W M_in (1 + excess_in) * x + s B A x + D x + bias; what is None is not there.
 
-    The base's own bias is added to that, unscaled and unturned. The method's scaling is already inside B and D. On one
-    side there is a scale or a rotation. D is sparse (`entries`), or of full rank: a matrix (`full_OI`) or the Kronecker
-    product of two (`kron`), of which a server makes the closest low-rank term and measures the error.
+    The base's own bias is added to that, unscaled and unturned. The method's scaling is s (`scaling`) or inside B, and
+    it is inside D. On one side there is a scale or a rotation. D is sparse (`entries`), or of full rank: a matrix
+    (`full_OI`) or the Kronecker product of two (`kron`), of which a server makes the closest low-rank term and measures
+    the error.
     """
 
     A_RI: Tensor | None = None
     B_OR: Tensor | None = None
+    scaling: float = 1.0
     excess_in_I: Tensor | None = None
     excess_out_O: Tensor | None = None
     rotate_in: Rotation | None = None

@@ -69,6 +69,8 @@ FIELDS: Mapping[str, Field] = {
     "lora_bias": Field(fields.boolean, shapes_tensors=True),
     "alora_invocation_tokens": Field(fields.optional_token_ids, shapes_tensors=True),
 }
+PART_A, PART_B = "lora_A.weight", "lora_B.weight"
+FACTORS = frozenset({PART_A, PART_B})
 # An activated LoRA leaves the tokens before its invocation to the base, and these would change them.
 NOT_ACTIVATED = ("use_dora", "bias", "modules_to_save", "trainable_token_indices", "target_parameters")
 
@@ -79,24 +81,26 @@ def _part(config: Config, module: str, linear: Linear) -> Part:
     if isinstance(linear, _Table):
         return Part(_table_shapes(config, rank, linear), rank, _table_complaint(config, module))
     shapes: dict[str, tuple[int, ...]] = {
-        "lora_A.weight": (rank, linear.inputs),
-        "lora_B.weight": (linear.outputs, rank),
+        PART_A: (rank, linear.inputs),
+        PART_B: (linear.outputs, rank),
     }
     if config.get("lora_bias"):
         shapes["lora_B.bias"] = (linear.outputs,)
     if config.get("use_dora"):
         shapes["lora_magnitude_vector"] = (linear.outputs,)
-    return Part(shapes, rank)
+        return Part(shapes, rank)
+    return Part(shapes, rank, as_stored=FACTORS)
 
 
 def _change(config: Config, found: Found) -> Change:
     """y += s B A x, and the same times m / ||W + s B A|| on all of W with `use_dora`."""
-    A_rI = found.tensors["lora_A.weight"]
+    A_rI = found.tensors[PART_A]
     factor = scaling(config, found.module, len(A_rI))
-    B_Or = found.tensors["lora_B.weight"] * factor
+    B_Or = found.tensors[PART_B]
     if config.get("use_dora"):
-        return _dora(A_rI, B_Or, magnitude_O=found.tensors["lora_magnitude_vector"], weight_OI=found.weight())
-    return Change(A_rI, B_Or, bias_O=found.tensors["lora_B.bias"] * factor if config.get("lora_bias") else None)
+        return _dora(A_rI, B_Or * factor, magnitude_O=found.tensors["lora_magnitude_vector"], weight_OI=found.weight())
+    bias_O = found.tensors["lora_B.bias"] * factor if config.get("lora_bias") else None
+    return Change(A_rI, B_Or, scaling=factor, bias_O=bias_O)
 
 
 def scaling(config: Config, module: str, rank: int) -> float:

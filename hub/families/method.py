@@ -51,13 +51,15 @@ class Layout:
 class Part:
     """What a config demands at one Linear; `shapes` by what stands behind the module's name, `integers` among them.
 
-    `rank` is that of the low-rank term that is served, where there is one.
+    `rank` is that of the low-rank term that is served, where there is one. `as_stored` are the factors of that term
+    that the kind takes as they are, so that they need not take more room than in the file.
     """
 
     shapes: Shapes
     rank: int | None = None
     complaint: Complaint | None = None
     integers: frozenset[str] = frozenset()
+    as_stored: frozenset[str] = frozenset()
 
 
 PartOf = Callable[[Config, str, Linear], Part]

@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from hub.base import Base
 from hub.contract import Adapter as HubAdapter
 from hub.contract import HubReader, places
-from hub.errors import BadReference, Corrupt, HubError, HubUnavailable, LogLost, NotFound
+from hub.errors import BadReference, BadTensors, Corrupt, HubError, HubUnavailable, LogLost, NotFound
 from hub.keys import fits
 from hub.manifest import (
     CENTROID_TENSORS_FILE,
@@ -35,6 +33,7 @@ from hub.manifest import (
 )
 from hub.ref import Reference, parse_reference
 from server.adapters.semantic import Centroids
+from server.adapters.tensor_file import TensorFiles
 from server.errors import (
     AdapterIncompatible,
     AdapterUnavailable,
@@ -95,6 +94,7 @@ class Artifact:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     golden: tuple[GoldenRow, ...]
+    tier: str  # where its weights were read: disk, or hub when that is across the network
     golden_is_quantized: bool = False  # its logits are those of a base in few bits
 
 
@@ -130,6 +130,7 @@ class Source:
         self._default_alias = default_alias
         self._allow = tuple(allow)
         self._fixed: OrderedDict[str, Resolution] = OrderedDict()  # references that cannot move
+        self._files = TensorFiles()
         self._names: list[str] = []
         self._names_until = 0.0
 
@@ -177,12 +178,14 @@ class Source:
         """Read and verify everything of one version. Raises: AdapterIncompatible, AdapterUnavailable."""
         manifest = _translate(resolution.label, self._hub.manifest, resolution.digest)
         self._check_base(manifest, resolution.label)
+        entry = manifest.file(WEIGHTS_FILE)
+        tier = "disk" if entry is not None and self._hub.at_hand(entry) else "hub"
         tensors = self._tensors(manifest, WEIGHTS_FILE, resolution.label)
         golden: tuple[GoldenRow, ...] = ()
         quantized = False
         if manifest.file(GOLDEN_TENSORS_FILE) is not None:
             golden, quantized = self._golden(manifest, resolution.label)
-        return Artifact(manifest.kind, manifest.rank, manifest.config, tensors, golden, quantized)
+        return Artifact(manifest.kind, manifest.rank, manifest.config, tensors, golden, tier, quantized)
 
     def centroids(self, resolution: Resolution) -> Centroids | None:
         """Where the prompts of one version lie, if it tells; reads nothing else of it.
@@ -251,10 +254,13 @@ class Source:
         raise AdapterIncompatible(f"{label} was made for another base than {self._base.name}", param="model")
 
     def _tensors(self, manifest: Manifest, path: str, label: str) -> Mapping[str, Tensor]:
-        content = _translate(label, self._hub.read, manifest.digest, path)
+        entry = manifest.file(path)
+        if entry is None:
+            raise AdapterUnavailable(f"{label} has no {path}")
+        content = _translate(label, self._hub.load, manifest.digest, entry)
         try:
-            return safetensors.torch.load(content)
-        except SafetensorError as error:
+            return self._files.read(content)
+        except BadTensors as error:
             raise AdapterUnavailable(f"{path} of {label} is no safetensors file: {error}") from error
 
     def _golden(self, manifest: Manifest, label: str) -> tuple[tuple[GoldenRow, ...], bool]:

@@ -219,7 +219,7 @@ class EngineLoop:
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Finished) and event.logits is not None:
-                return torch.tensor(event.logits)
+                return torch.frombuffer(bytearray(event.logits), dtype=torch.float32)
         raise EngineFailed("a golden row got no logits")
 
     def _check(self, request: GenerationRequest, lease: Lease) -> None:
@@ -549,7 +549,7 @@ def _block_count(network: Network, config: EngineConfig, max_model_len: int) -> 
 def _scored(live: Live, logits_V: Tensor) -> Finished | Failed:
     """The end of a request that wants no token."""
     request = live.request
-    logits = tuple(logits_V.tolist()) if request.keep_logits else None
+    logits = logits_V.float().cpu().numpy().tobytes() if request.keep_logits else None
     embedding = None
     if request.embed:
         assert live.summed_E is not None, "every chunk of it has been added up"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class Graft:
         """What no other graft has: several parts of one adapter have the same digest."""
         return self.digest + self.part
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Memory that it really takes, by its actual ranks and dtype."""
         others = sum(part.bytes for part in (self.prefix, self.router, *self.beside) if part is not None)

@@ -84,6 +84,9 @@ def test_every_kind_goes_in_and_comes_out_with_the_same_bytes(
         data = hub.read(pushed.digest, entry.path)
         assert data == (tmp_path / "out" / entry.path).read_bytes()
         assert (len(data), sha256_of(data)) == (entry.size, entry.sha256)
+        loaded = hub.load(pushed.digest, entry)
+        assert loaded == data
+        assert not loaded.readonly, "it is the caller's own"
     assert hub.verify(parse_reference("legal")).files == len(manifest.files)
 
 

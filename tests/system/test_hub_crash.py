@@ -48,6 +48,9 @@ class DyingBlobs:
     def stream(self, sha256: str) -> Iterator[bytes]:
         return self._inner.stream(sha256)
 
+    def load(self, sha256: str, size: int) -> memoryview:
+        return self._inner.load(sha256, size)
+
     def adopt(self, path: Path, sha256: str) -> None:
         self._dying("adopt", lambda: self._inner.adopt(path, sha256))
 

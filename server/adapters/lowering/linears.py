@@ -21,7 +21,7 @@ from torch import Tensor
 from hub.base import Linear
 from hub.errors import TensorsUnusable
 from hub.families.change import Change, Entries, Found, Rotation
-from hub.families.method import AtLinear
+from hub.families.method import AtLinear, Part
 from server.adapters.lowering.approximate import check_errors, closest, closest_kron
 from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
@@ -49,7 +49,8 @@ def lower_linears(config: Mapping[str, Any], tensors: Mapping[str, Tensor], targ
         change = Change() if own_O is not None and not given else _change(config, module, given, target, at=at)
         if change.full_OI is not None or change.kron is not None:
             change, errors[module] = _of_low_rank(change, module, target)
-        sites[module] = _site_value(change, own_O, module, target)
+        lowrank = _lowrank(change, given, target)
+        sites[module] = _site_value(change, lowrank, own_O, module, target)
     return Lowered(sites, approximation=check_errors(errors, target))
 
 
@@ -120,7 +121,7 @@ def _change(
         if part not in given:
             raise AdapterIncompatible(f"{module} lacks {part}")
         expect(module, part, given[part], sizes)
-        read[part] = _integers(module, part, given[part]) if part in demanded.integers else given[part].float()
+        read[part] = _read(module, part, given[part], demanded)
     if left := sorted(given.keys() - read.keys()):
         raise AdapterIncompatible(f"{module} has {' and '.join(left)}, which its config rules out")
     weight = partial(target.weight, module)
@@ -129,6 +130,12 @@ def _change(
         return at.change(config, found)
     except TensorsUnusable as error:
         raise AdapterIncompatible(f"{module}: {error}") from error
+
+
+def _read(module: str, part: str, tensor: Tensor, demanded: Part) -> Tensor:
+    if part in demanded.integers:
+        return _integers(module, part, tensor)
+    return tensor if part in demanded.as_stored else tensor.float()
 
 
 def _integers(module: str, part: str, tensor: Tensor) -> Tensor:
@@ -148,14 +155,22 @@ def _of_low_rank(change: Change, module: str, target: Target) -> tuple[Change, f
     return replace(change, A_RI=A_RI, B_OR=B_OR, full_OI=None, kron=None), error
 
 
-def _site_value(change: Change, own_bias_O: Tensor | None, module: str, target: Target) -> SiteValue:
+def _lowrank(change: Change, given: Mapping[str, Tensor], target: Target) -> LowRank | None:
     """On the device; a rank of zero is no low-rank term at all."""
+    if change.A_RI is None or change.B_OR is None or not change.A_RI.shape[0]:
+        return None
+    if all(any(factor is tensor for tensor in given.values()) for factor in (change.A_RI, change.B_OR)):
+        return target.place_stored(change.A_RI, change.B_OR, change.scaling)
+    return LowRank(target.place(change.A_RI), target.place(change.B_OR * change.scaling))
+
+
+def _site_value(
+    change: Change, lowrank: LowRank | None, own_bias_O: Tensor | None, module: str, target: Target
+) -> SiteValue:
+    """On the device."""
     bias_O = change.bias_O
     if own_bias_O is not None:
         bias_O = own_bias_O if bias_O is None else bias_O.to(own_bias_O.device) + own_bias_O
-    lowrank = None
-    if change.A_RI is not None and change.B_OR is not None and change.A_RI.shape[0]:
-        lowrank = LowRank(target.place(change.A_RI), target.place(change.B_OR))
     return SiteValue(
         scale_in=None if change.excess_in_I is None else Scale(target.place(change.excess_in_I)),
         scale_out=None if change.excess_out_O is None else Scale(target.place(change.excess_out_O)),

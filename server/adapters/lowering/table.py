@@ -23,6 +23,7 @@ from server.adapters.lowering.lora_moe import lower_lora_moe
 from server.adapters.lowering.loreft import lower_loreft
 from server.adapters.lowering.prompts import lower_multitask_prompt, lower_prefix, lower_soft_prompt
 from server.adapters.lowering.sparse import lower_sparse
+from server.adapters.lowering.stored import check_finite, check_scaled, compacted
 from server.adapters.lowering.target import Lowered, Lowering, Target
 from server.adapters.lowering.trainable_tokens import lower_trainable_tokens
 from server.adapters.lowering.vera import lower_vera
@@ -58,6 +59,7 @@ def lower(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], t
     lowering = LOWERINGS.get(kind)
     if lowering is None:
         raise AdapterIncompatible(f"kind {kind} is not served; served are {', '.join(sorted(LOWERINGS))}")
+    largest = check_finite(tensors)
     shared, own = take_whole(config, tensors, target)
     lowered = lowering(config, own, target)
     if shared and lowered.reach != EVERYWHERE:
@@ -65,4 +67,5 @@ def lower(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], t
     twice = sorted(shared.keys() & lowered.sites.keys())
     if twice:
         raise AdapterIncompatible(f"{twice[0]} is adapted and replaced by one adapter")
-    return replace(lowered, sites={**lowered.sites, **shared})
+    check_scaled(lowered, largest, target)
+    return compacted(replace(lowered, sites={**lowered.sites, **shared}))

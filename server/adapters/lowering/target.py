@@ -17,6 +17,7 @@ from server.policy.reach import EVERYWHERE, Reach
 from server.primitives.delta import Delta
 from server.primitives.experts import ParameterShape
 from server.primitives.graft import Graft
+from server.primitives.lowrank import LowRank
 from server.primitives.prefix import LayerShape, Prefix
 from server.primitives.route import Router
 from server.primitives.site import EmbeddingShape, NormShape, SiteShape, SiteValue
@@ -49,12 +50,31 @@ class Target:
     decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told apart
 
     def place(self, tensor: Tensor) -> Tensor:
-        """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number."""
+        """On the device, in its dtype. An infinity here would reach every token of a batch: 0 * inf is no number.
+
+        In memory of its own: a part of a file would keep all of it.
+        """
         placed = tensor.to(device=self.device, dtype=self.dtype).contiguous()
+        if placed.untyped_storage().nbytes() > placed.nbytes:
+            placed = placed.clone()
         if not placed.isfinite().all():
             largest = tensor.abs().max().item()
             raise AdapterIncompatible(f"a value of {largest:.2g} is no finite number in {self.dtype}")
         return placed
+
+    def place_stored(self, A_RI: Tensor, B_OR: Tensor, scaling: float = 1.0) -> LowRank:
+        """A term of the file as it is stored there, on the device; in the base's dtype where that cannot hold it.
+
+        That such a term is finite is seen for all of a file at once: `server.adapters.lowering.stored`.
+        """
+        if self._holds(A_RI.dtype) and self._holds(B_OR.dtype):
+            A_RI, B_OR = (tensor.to(self.device).contiguous() for tensor in (A_RI, B_OR))
+            return LowRank(A_RI, B_OR, scaling)
+        return LowRank(self.place(A_RI), self.place(B_OR.float() * scaling))
+
+    def _holds(self, dtype: torch.dtype) -> bool:
+        """Whether every number of a dtype is one of the base's."""
+        return dtype == self.dtype or (self.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16))
 
     def place_delta(self, delta: Delta) -> Delta:
         """On the device: a dense one in its dtype, a sparse one in fp32."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hub.blobs import DirectoryBlobs, open_blob
+from hub.blobs import DirectoryBlobs, gather, open_blob
 from hub.digest import sha256_of
 from hub.errors import BadReference, Corrupt, NotFound
 
@@ -45,14 +45,38 @@ def test_damaged_bytes_are_never_given_out_as_whole_and_a_new_put_mends_them(
     stored_file(tmp_path).write_bytes(damage)
     with pytest.raises(Corrupt, match=NAME):
         open_blob(store, NAME).read()
+    with pytest.raises(Corrupt, match=NAME):
+        store.load(NAME, len(DATA))
     assert store.put(BytesIO(DATA), NAME)
-    assert open_blob(store, NAME).read() == DATA
+    assert open_blob(store, NAME).read() == store.load(NAME, len(DATA)) == DATA
 
 
 def test_a_blob_that_is_not_there_is_told(store: DirectoryBlobs) -> None:
     with pytest.raises(NotFound):
         open_blob(store, NAME).read()
+    with pytest.raises(NotFound):
+        store.load(NAME, len(DATA))
     store.delete(NAME)
+
+
+@pytest.mark.parametrize("size", [0, len(DATA) - 1, len(DATA) + 1])
+def test_a_blob_of_another_size_than_was_told_is_not_loaded(store: DirectoryBlobs, size: int) -> None:
+    store.put(BytesIO(DATA), NAME)
+    with pytest.raises(Corrupt, match=NAME):
+        store.load(NAME, size)
+
+
+def test_an_empty_blob_is_loaded(store: DirectoryBlobs) -> None:
+    store.put(BytesIO(b""), sha256_of(b""))
+    assert bytes(store.load(sha256_of(b""), 0)) == b""
+
+
+@pytest.mark.parametrize("pieces", [[DATA], [DATA[:7], b"", DATA[7:]]])
+def test_pieces_are_gathered_when_they_are_of_the_size_told(pieces: list[bytes]) -> None:
+    assert gather(iter(pieces), len(DATA)) == DATA
+    for size in (0, len(DATA) - 1, len(DATA) + 1):
+        with pytest.raises(Corrupt):
+            gather(iter(pieces), size)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "..", "", NAME.upper(), NAME[:-1], NAME + "0", f"{NAME}\n"])

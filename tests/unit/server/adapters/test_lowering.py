@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from peft import BOFTConfig
 from peft.tuners.boft.layer import Linear as BoftLinear
@@ -17,8 +18,10 @@ from torch import Tensor
 from hub.families import oft
 from hub.families.lokr import factors
 from hub.methods import METHODS
+from server.adapters.lowering.stored import check_finite
 from server.adapters.lowering.table import LOWERINGS, OWN, lower
 from server.adapters.lowering.target import Lowered, Target
+from server.adapters.tensor_file import TensorFiles
 from server.errors import AdapterIncompatible
 from server.primitives import rotate
 from server.primitives.experts import ParameterShape
@@ -462,3 +465,79 @@ def test_every_tensor_of_experts_that_is_missing_or_left_over_is_named() -> None
         assert "is no finite number" in refusal("lora", given, **MIXTURE)
     given = {**mixture_tensors(), f"{ROOT}layers.1.experts.lora_A.weight": torch.ones(1)}
     assert "layers.1.experts.lora_A.weight belongs to no Linear of this base" in refusal("lora", given, **MIXTURE)
+
+
+def from_file(given: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """As they lie in a file of that dtype."""
+    weights = {name: one.to(dtype) if one.is_floating_point() else one.contiguous() for name, one in given.items()}
+    return TensorFiles().read(memoryview(bytearray(safetensors.torch.save(weights))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_factors_of_a_lora_stay_as_stored_with_their_scaling_beside_them(dtype: torch.dtype) -> None:
+    given = from_file(tensors("lora", Q, V), dtype)
+    found = lowered("lora", given)
+    for module in (Q, V):
+        low = found.sites[module].lowrank
+        assert low is not None
+        assert low.A_RI is given[f"{ROOT}{module}.lora_A.weight"]
+        assert low.B_OR is given[f"{ROOT}{module}.lora_B.weight"]
+        assert low.scaling == 2
+    assert found.graft("", "", None).bytes == sum(one.nbytes for one in given.values())
+
+
+def test_factors_that_the_bases_dtype_cannot_hold_are_in_it_with_their_scaling_inside() -> None:
+    given = from_file(tensors("lora", Q), torch.float32)
+    half = replace(target(), dtype=torch.bfloat16)
+    low = lower("lora", LORA, given, half).sites[Q].lowrank
+    assert low is not None
+    assert low.scaling == 1
+    assert low.A_RI.dtype == torch.bfloat16
+    assert torch.equal(low.B_OR, (2 * given[f"{ROOT}{Q}.lora_B.weight"]).bfloat16())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_that_is_resident_keeps_the_rest_of_its_file(case: str) -> None:
+    """What a graft says that it takes is what it takes: views of a file would keep all of it."""
+    given = from_file({**tensors(case, Q, V), "spare": torch.zeros(4096)}, torch.float32)
+    spare = given.pop("spare")
+    graft = lowered(case, given).graft("", "", None)
+    assert graft.bytes
+    assert all(one.untyped_storage().nbytes() < spare.nbytes for one in all_tensors(graft))
+
+
+def all_tensors(value: object) -> list[Tensor]:
+    """Those of a record and of the records in it, but the base's."""
+    if isinstance(value, Tensor):
+        sparse = value.layout == torch.sparse_csr
+        return [value.crow_indices(), value.col_indices(), value.values()] if sparse else [value]
+    if isinstance(value, Mapping):
+        return [tensor for one in value.values() for tensor in all_tensors(one)]
+    if is_dataclass(value):
+        return [tensor for one in fields(value) for tensor in all_tensors(getattr(value, one.name))]
+    return []
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
+def test_a_value_that_is_no_number_is_found_among_all_of_a_file(part: str) -> None:
+    for value in (torch.inf, -torch.inf, torch.nan):
+        given = from_file(tensors("lora", Q, V), torch.bfloat16)
+        given[f"{ROOT}{V}.{part}"][1, 1] = value
+        assert refusal("lora", given) == f"{ROOT}{V}.{part} holds a value that is no finite number in torch.bfloat16"
+
+
+def test_whole_numbers_between_the_weights_of_a_file_are_no_weights() -> None:
+    given = tensors("shira", Q)
+    given[f"{ROOT}{Q}.shira_indices"] = given[f"{ROOT}{Q}.shira_indices"].contiguous()
+    odd = {"a": torch.full((4,), -1, dtype=torch.int32)}  # as fp32, not a number
+    both = TensorFiles().read(memoryview(bytearray(safetensors.torch.save({**given, **odd, "b": torch.zeros(4)}))))
+    assert check_finite(both) == max(float(one.abs().max()) for one in given.values() if one.is_floating_point())
+
+
+def test_a_scaling_that_overflows_beside_finite_factors_is_refused() -> None:
+    given = from_file(tensors("lora", Q), torch.bfloat16)
+    given[f"{ROOT}{Q}.lora_B.weight"][0, 0] = 2e38
+    assert "times 2, is no finite number in torch.float32" in refusal("lora", given)
+    given[f"{ROOT}{Q}.lora_B.weight"][0, 0] = 1
+    given[f"{ROOT}{Q}.lora_A.weight"][0, 0] = 2e38  # nothing multiplies A
+    assert lowered("lora", given).sites[Q].lowrank is not None

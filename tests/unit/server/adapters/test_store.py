@@ -28,6 +28,7 @@ from server.errors import (
 from tests.unit.server.conftest import CONFIGS, make_adapter, make_base, set_tensor
 
 PROMPT = [5, 9, 2, 7, 7, 3]
+EXACT = 1e-4  # of logits, in fp32, whose sums run in another order than PEFT's
 
 
 async def refused(server: Any, *terms: tuple[str, float]) -> ServerError:
@@ -38,7 +39,7 @@ async def refused(server: Any, *terms: tuple[str, float]) -> ServerError:
 
 
 def loads(server: Any) -> int:
-    value = server.metrics.registry.get_sample_value("multigraft_adapter_load_seconds_count", {"tier": "hub"})
+    value = server.metrics.registry.get_sample_value("multigraft_adapter_load_seconds_count", {"tier": "disk"})
     return int(value or 0)
 
 
@@ -311,6 +312,30 @@ def test_every_kind_goes_from_the_hub_through_its_golden_rows_into_service(
             assert (await server.ask(PROMPT, ("good", 1.0)))[0] != (await server.ask(PROMPT))[0]
             assert server.store.resident()[0].kind == ("lora" if kind in ("dora", "alora") else kind)
             assert "golden row 0 is off by" in (await refused(server, ("bad", 1.0))).message
+
+    run(work())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_file_of_half_precision_is_served_exactly_in_the_bytes_of_its_file(
+    dtype: torch.dtype, rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], base: Path, tmp_path: Path
+) -> None:
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+    folder = set_tensor(adapter("lora", 1), tmp_path / "half", halve)
+    hub.push(folder, "half")
+    weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    with torch.inference_mode():
+        expected_V = model(torch.tensor([PROMPT])).logits[0, -1]
+
+    async def work() -> None:
+        async with rig() as server:
+            _, end = await server.ask(PROMPT, ("half", 1.0), new=0, keep_logits=True)
+            got_V = torch.frombuffer(bytearray(end.logits), dtype=torch.float32)
+            assert (got_V - expected_V).abs().max() < EXACT
+            assert server.store.resident()[0].bytes == sum(tensor.nbytes for tensor in weights.values())
 
     run(work())
 
