@@ -13,13 +13,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from server.kernels.native import LIBRARY, TYPES
+from server.kernels.native import LIBRARY, MEMBERS, TYPES
 
 # As term_t, terms_t, run_t and pair_t in native.c.
 TERM = np.dtype(
@@ -34,6 +35,9 @@ TERM = np.dtype(
 TERMS = np.dtype([("terms", "u8"), ("count", "i8")])
 RUN = np.dtype([("first", "i8"), ("count", "i8"), ("first_pair", "i8"), ("pairs", "i8")])
 PAIR = np.dtype([("column", "i8"), ("gate", "f4"), ("unused", "i4")])
+
+_POINTERS = [ctypes.c_void_p * members for members in range(MEMBERS + 1)]
+_INTEGERS = [ctypes.c_int64 * members for members in range(MEMBERS + 1)]
 
 Table = npt.NDArray[np.void]
 
@@ -71,6 +75,11 @@ class Runs:
         carried = [len(own) for _, own in rows]
         self.runs["count"], self.runs["pairs"] = counts, carried
         self.runs["first"], self.runs["first_pair"] = np.cumsum(counts) - counts, np.cumsum(carried) - carried
+
+    @cached_property
+    def places(self) -> tuple[int, int, int]:
+        """Where the runs lie, how many they are, and where the pairs lie."""
+        return self.runs.ctypes.data, len(self.runs), self.pairs.ctypes.data
 
     @property
     def tokens(self) -> int:
@@ -122,11 +131,10 @@ class Gathered:
     def add(self, group: int, x_TI: Tensor, outputs: Sequence[Tensor], runs: Runs) -> None:
         """To each member's y (T, O), in place. x and the outputs are of one dtype. Raises: MemoryError."""
         assert LIBRARY is not None
-        if x_TI.stride(1) != 1:
-            x_TI = x_TI.contiguous()
+        x_TI = x_TI.contiguous()
         members = len(outputs)
-        places = (ctypes.c_void_p * members)(*[y.data_ptr() for y in outputs])
-        strides = (ctypes.c_int64 * members)(*[y.stride(0) for y in outputs])
+        places = _POINTERS[members](*[y.data_ptr() for y in outputs])
+        strides = _INTEGERS[members](*[y.stride(0) for y in outputs])
         failed = LIBRARY.mg_lowrank(
             x_TI.data_ptr(),
             x_TI.stride(0),
@@ -136,9 +144,7 @@ class Gathered:
             places,
             strides,
             members,
-            runs.runs.ctypes.data,
-            len(runs.runs),
-            runs.pairs.ctypes.data,
+            *runs.places,
             self._start + group * self._stride,
             torch.get_num_threads(),
         )

@@ -1,8 +1,8 @@
 """Factors that stay as the file has them: what must be seen of a file before they may, and after.
 
 That all are numbers, for an infinity would reach every token of a batch: 0 * inf is none. A file is read through in one
-pass and not tensor by tensor: most are so small that a look at each costs more than its values do. And that factors
-which lie in the memory of the whole file do not keep much there that nobody reads any more.
+pass and not tensor by tensor: most are so small that a look at each costs more than its values do. After: they are laid
+out as they are read, A and B both rank by rank, in memory that holds nothing else of the file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from server.adapters.lowering.target import Lowered, Target
 from server.errors import AdapterIncompatible
 from server.primitives.lowrank import LowRank
 from server.primitives.site import SiteValue
-
-MOST_KEPT = 1.05  # memory of a file over what is used of it, above which the used is copied out
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> float:
@@ -45,14 +43,10 @@ def check_scaled(lowered: Lowered, largest: float, target: Target) -> None:
             )
 
 
-def compacted(lowered: Lowered) -> Lowered:
-    """The same, its low-rank terms copied out of the memory that they lie in where that is mostly something else."""
-    factors = [tensor for _, low in _terms(lowered) for tensor in (low.A_RI, low.B_OR)]
-    whole = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in factors)}
-    if sum(whole.values()) <= MOST_KEPT * sum(tensor.nbytes for tensor in factors):
-        return lowered
-    beside = tuple(replace(part, sites=_copied(part.sites)) for part in lowered.beside)
-    return replace(lowered, sites=_copied(lowered.sites), beside=beside)
+def laid_out(lowered: Lowered) -> Lowered:
+    """The same, every low-rank term's A (R, I) and B (O, R) stored by rank and nothing with them."""
+    beside = tuple(replace(part, sites=_laid_out(part.sites)) for part in lowered.beside)
+    return replace(lowered, sites=_laid_out(lowered.sites), beside=beside)
 
 
 def _terms(lowered: Lowered) -> Iterable[tuple[str, LowRank]]:
@@ -62,15 +56,21 @@ def _terms(lowered: Lowered) -> Iterable[tuple[str, LowRank]]:
                 yield name, value.lowrank
 
 
-def _copied(sites: Mapping[str, SiteValue]) -> Mapping[str, SiteValue]:
-    return {
-        name: value
-        if value.lowrank is None
-        else replace(
-            value, lowrank=LowRank(value.lowrank.A_RI.clone(), value.lowrank.B_OR.clone(), value.lowrank.scaling)
-        )
-        for name, value in sites.items()
-    }
+def _laid_out(sites: Mapping[str, SiteValue]) -> Mapping[str, SiteValue]:
+    made = {}
+    for name, value in sites.items():
+        if value.lowrank is not None:
+            low = value.lowrank
+            value = replace(value, lowrank=LowRank(_alone(low.A_RI), _alone(low.B_OR.t()).t(), low.scaling))
+        made[name] = value
+    return made
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Contiguous, in memory of its own."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _runs(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -23,7 +23,7 @@ from server.adapters.lowering.lora_moe import lower_lora_moe
 from server.adapters.lowering.loreft import lower_loreft
 from server.adapters.lowering.prompts import lower_multitask_prompt, lower_prefix, lower_soft_prompt
 from server.adapters.lowering.sparse import lower_sparse
-from server.adapters.lowering.stored import check_finite, check_scaled, compacted
+from server.adapters.lowering.stored import check_finite, check_scaled, laid_out
 from server.adapters.lowering.target import Lowered, Lowering, Target
 from server.adapters.lowering.trainable_tokens import lower_trainable_tokens
 from server.adapters.lowering.vera import lower_vera
@@ -68,4 +68,4 @@ def lower(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], t
     if twice:
         raise AdapterIncompatible(f"{twice[0]} is adapted and replaced by one adapter")
     check_scaled(lowered, largest, target)
-    return compacted(replace(lowered, sites={**lowered.sites, **shared}))
+    return laid_out(replace(lowered, sites={**lowered.sites, **shared}))

@@ -474,14 +474,16 @@ def from_file(given: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_factors_of_a_lora_stay_as_stored_with_their_scaling_beside_them(dtype: torch.dtype) -> None:
+def test_the_factors_of_a_lora_keep_the_files_dtype_rank_by_rank_with_their_scaling_beside_them(dtype: torch.dtype) -> None:
     given = from_file(tensors("lora", Q, V), dtype)
     found = lowered("lora", given)
     for module in (Q, V):
         low = found.sites[module].lowrank
         assert low is not None
-        assert low.A_RI is given[f"{ROOT}{module}.lora_A.weight"]
-        assert low.B_OR is given[f"{ROOT}{module}.lora_B.weight"]
+        for laid, stored in ((low.A_RI, "lora_A"), (low.B_OR, "lora_B")):
+            assert laid.dtype == dtype
+            assert torch.equal(laid, given[f"{ROOT}{module}.{stored}.weight"])
+        assert low.A_RI.is_contiguous() and low.B_OR.t().is_contiguous()
         assert low.scaling == 2
     assert found.graft("", "", None).bytes == sum(one.nbytes for one in given.values())
 
