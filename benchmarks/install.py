@@ -2,8 +2,8 @@
 
     python -m benchmarks.install [vllm] [llama] [openvino]
 
-An environment stands until its recipe in this file changes. PEFT needs none: it runs in our own. One peer that cannot be
-installed does not stop the others; its reason is kept in .bench/NAME/why.txt and stands in the results.
+An environment stands until its recipe in this file changes. PEFT needs none: it runs in our own. One peer that cannot
+be installed does not stop the others; its reason is kept in .bench/NAME/why.txt and stands in the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VLLM = "0.32.0"
 LLAMA = "0.3.36"  # of llama-cpp-python, whose sdist holds llama.cpp's sources
 OPENVINO = "2026.4.1"
 
-# vLLM imports these where they are installed, and falls over builds that do not fit its torch; a text model needs none.
+# Imported where they are installed, and they fall over builds that do not fit torch; a text model needs none.
 NOT_FOR_TEXT = ("torch", "torchvision", "torchaudio", "torchcodec")
 REQUIREMENTS = """
 import re, sys
@@ -66,7 +66,7 @@ def vllm(home: Path) -> None:
     named.mkdir(exist_ok=True)
     (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n", encoding="utf-8")
     (named / "RECORD").write_text("", encoding="utf-8")
-    if shutil.which("apt-get"):  # the allocator that its documentation asks to be loaded first; goes without where absent
+    if shutil.which("apt-get"):  # for the allocator that its documentation wants loaded first
         (home / "tcmalloc").mkdir(exist_ok=True)
         _try(home / "tcmalloc", ["apt-get", "download", "libtcmalloc-minimal4"])
         for package in (home / "tcmalloc").glob("*.deb"):
@@ -74,12 +74,12 @@ def vllm(home: Path) -> None:
 
 
 def llama(home: Path) -> None:
-    """llama-server and the quantizer, built for this CPU; the converter's environment has the versions it names itself."""
+    """llama-server and the quantizer, built for this CPU; its converter's environment has the versions it names."""
     if not shutil.which("cmake"):
         raise NotInstalled("cmake is not on the path")
     _environment(home, TORCH, "transformers==4.57.6", "sentencepiece", "numpy<3", "protobuf<5", "peft==0.18.1")
-    _run(home, [python("llama"), "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python"]
-         + ["--dest", home, f"llama-cpp-python=={LLAMA}"])  # fmt: skip
+    sdist: list[str | Path] = ["--no-deps", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={LLAMA}"]
+    _run(home, [python("llama"), "-m", "pip", "download", "--dest", home, *sdist])
     with tarfile.open(home / f"llama_cpp_python-{LLAMA}.tar.gz") as sources:
         sources.extractall(home, filter="data")
     tree = home / f"llama_cpp_python-{LLAMA}" / "vendor" / "llama.cpp"
@@ -90,7 +90,9 @@ def llama(home: Path) -> None:
 
 
 def openvino(home: Path) -> None:
-    _environment(home, TORCH, f"openvino=={OPENVINO}", f"openvino-genai=={OPENVINO}.0", "optimum-intel[openvino]")
+    packages = (f"openvino=={OPENVINO}", f"openvino-genai=={OPENVINO}.0", "optimum-intel[openvino]==2.2.0")
+    _environment(home, TORCH, *packages)
+    _run(home, [python("openvino"), "-m", "pip", "uninstall", "-y", *NOT_FOR_TEXT[1:]])
 
 
 RECIPES: Mapping[str, Callable[[Path], None]] = {"llama": llama, "vllm": vllm, "openvino": openvino}
@@ -122,7 +124,7 @@ def _recipe(name: str) -> str:
 
 def _environment(home: Path, *packages: str) -> None:
     _run(home, [sys.executable, "-m", "venv", home / "venv"])
-    installer = [home / "venv" / "bin" / "python", "-m", "pip", "install"]
+    installer: list[str | Path] = [home / "venv" / "bin" / "python", "-m", "pip", "install"]
     _run(home, [*installer, "--upgrade", "pip", "wheel"])
     _run(home, [*installer, packages[0]])  # torch first, so that nothing draws another build of it
     _run(home, [*installer, *packages])

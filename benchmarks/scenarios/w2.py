@@ -1,0 +1,18 @@
+"""W2: one stream of 128 prompt and 128 new tokens, for the base and one adapter."""
+
+from __future__ import annotations
+
+from benchmarks.adapters import loras
+from benchmarks.contest import Contest, Turn
+from benchmarks.load import W2
+from benchmarks.scenarios.scenario import Bench, Report, Scenario
+
+TURNS = {"base": Turn(W2), "1 adapter": Turn(W2, 1)}
+
+
+def run(bench: Bench) -> Report:
+    contest = Contest(bench.base, loras(bench.base, 1), bench.room, bench.rounds)
+    return contest.run(bench.engines, TURNS).as_json()
+
+
+SCENARIO = Scenario("w2", "a single stream, one adapter", run)
