@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from benchmarks.bases import Base, load_base
 from benchmarks.install import ROOT
 
+WEIGHTS = peft.utils.SAFETENSORS_WEIGHTS_NAME
 ALPHA = 16
 SPREAD = 0.02  # of random values: large enough to change what the base says
 MODULES = [name.split(".")[1] for name in Base("", 1, 1, 1, 1, 1).linears]
@@ -73,7 +74,7 @@ def rank_of(adapter: Path) -> int:
 
 def _once(base: Base, name: str, write: Callable[[Path], None]) -> Path:
     folder = ROOT / "adapters" / base.name / name
-    if not (folder / peft.utils.SAFETENSORS_WEIGHTS_NAME).is_file():
+    if not (folder / WEIGHTS).is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write(folder)
@@ -105,7 +106,7 @@ def _write_lora(base: Base, rank: int, seed: int, folder: Path) -> None:
         "inference_mode": True,
     }
     (folder / peft.utils.CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_file(tensors, folder / peft.utils.SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _write_kind(base: Base, kind: str, seed: int, folder: Path) -> None:

@@ -28,6 +28,8 @@ PEERS: tuple[Engine, ...] = (
 
 
 def chosen(names: Collection[str]) -> list[Engine]:
-    """By name or family, or the program's name alone (`llama` is every llama.cpp); none chosen: all."""
+    """By name, or by the program (`llama` is every llama.cpp, but `ours` ours as it is alone); none chosen: all."""
     everyone: tuple[Engine, ...] = (*OURS, *PEERS)
-    return [one for one in everyone if not names or {one.name, one.family, one.name.split("-")[0]} & set(names)]
+    exact = {one.name for one in everyone}
+    programs = set(names) - exact
+    return [one for one in everyone if not names or one.name in names or one.name.split("-")[0] in programs]

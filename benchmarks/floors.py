@@ -1,8 +1,8 @@
 """The two floors of a step: bytes it must move over the machine's read bandwidth, operations over its matrix rate.
 
 Both are measured in the very run, with the best that torch offers for the number format of the weights. What a step
-must move: every weight that is multiplied, the keys and values of the sequences so far, the adapters' own weights. It must
-compute two operations a weight and token, and attention's. A step cannot be faster than the larger of the two.
+must move: every weight that is multiplied, the keys and values of the sequences so far, the adapters' own weights. It
+must compute two operations a weight and token, and attention's. A step cannot be faster than the larger of the two.
 """
 
 from __future__ import annotations

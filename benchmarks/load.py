@@ -76,8 +76,12 @@ class Round:
 class Dialect(Protocol):
     """How an engine is asked over HTTP, and which lines of its stream are tokens."""
 
-    path: str
-    count: bytes  # what only the event holds that counts the answer's tokens
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def count(self) -> bytes:
+        """What only the event holds that counts the answer's tokens."""
 
     def body(self, prompt: Prompt, asked: Asked, new: int) -> dict[str, Any]: ...
 

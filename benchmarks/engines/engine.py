@@ -36,11 +36,16 @@ class Running(Protocol):
 
 
 class Engine(Protocol):
-    """`family`: engines of one are the same program in other number formats; the best of them stands for it."""
+    @property
+    def name(self) -> str: ...
 
-    name: str
-    family: str
-    adapters: bool  # it was started to serve adapters
+    @property
+    def family(self) -> str:
+        """Engines of one are the same program in other number formats; the best of them stands for it."""
+
+    @property
+    def adapters(self) -> bool:
+        """Whether it is started to serve adapters."""
 
     def start(self, base: Base, adapters: Sequence[Path], room: Path) -> AbstractContextManager[Running]:
         """Raises: EngineDidNotStart."""

@@ -85,7 +85,7 @@ def base_gguf(base: Base, weights: str) -> Path:
     if made.is_file():
         return made
     if weights in PLAIN:
-        wanted = ["--outtype", weights, "--outfile", made, make_base(base)]
+        wanted: list[str | Path] = ["--outtype", weights, "--outfile", made, make_base(base)]
         _make(made, [python("llama"), CONVERTER, _sources(), *wanted])
     else:
         _make(made, [_binary("llama-quantize"), base_gguf(base, PLAIN[0]), made, weights])
@@ -96,7 +96,7 @@ def adapter_gguf(base: Base, adapter: Path) -> Path:
     made = adapter.with_suffix(".gguf")
     if not made.is_file():
         script = _sources() / "convert_lora_to_gguf.py"
-        wanted = ["--outtype", "f16", "--outfile", made, "--base", make_base(base), adapter]
+        wanted: list[str | Path] = ["--outtype", "f16", "--outfile", made, "--base", make_base(base), adapter]
         _make(made, [python("llama"), script, *wanted])
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.bases import Base, make_base
@@ -26,6 +26,9 @@ class Ours:
     adapters: bool = True
     options: Mapping[str, str | int] = field(default_factory=dict)
 
+    def with_options(self, options: Mapping[str, str | int]) -> Ours:
+        return replace(self, options={**self.options, **options})
+
     @contextmanager
     def start(self, base: Base, adapters: Sequence[Path], room: Path) -> Iterator[Server]:
         names = fill_hub(room / "home", base, adapters)
@@ -37,7 +40,17 @@ class Ours:
         """Over the hub in the room as it is. Raises: EngineDidNotStart."""
         port = free_port()
         options = [part for name, value in self.options.items() for part in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "hub.cli", "serve", "--base", make_base(base), "--port", str(port), *options]
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "hub.cli",
+            "serve",
+            "--base",
+            make_base(base),
+            "--port",
+            str(port),
+            *options,
+        ]
         environment = {"MULTIGRAFT_HOME": str(room / "home"), "MULTIGRAFT_ADMIN_KEY": ADMIN_KEY}
         with server(command, port, OpenAI(base.name, names), room / f"{self.name}.log", environment) as up:
             yield up

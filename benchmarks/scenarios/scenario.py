@@ -10,8 +10,10 @@ from typing import Any
 from benchmarks.bases import Base
 from benchmarks.engines.engine import Engine
 from benchmarks.engines.ours import Ours
+from benchmarks.load import Load
 
 Report = dict[str, Any]
+SHORT = Load(requests=8, prompt=16, new=4, at_once=8)
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,16 @@ class Bench:
     rounds: int
     room: Path
     short: bool
+
+    def cut(self, load: Load) -> Load:
+        """The load itself, or where it is to be short a token of it."""
+        if not self.short:
+            return load
+        few = min(load.requests, SHORT.requests), min(load.prompt, SHORT.prompt), min(load.new, SHORT.new)
+        return Load(*few, at_once=min(load.at_once, SHORT.at_once))
+
+    def few(self, count: int) -> int:
+        return min(count, SHORT.at_once) if self.short else count
 
     @property
     def ours(self) -> list[Ours]:

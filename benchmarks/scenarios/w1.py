@@ -7,17 +7,14 @@ from benchmarks.contest import Contest, Turn
 from benchmarks.load import W1
 from benchmarks.scenarios.scenario import Bench, Report, Scenario
 
-TURNS = {
-    "base": Turn(W1),
-    "1 adapter": Turn(W1, 1),
-    "16 distinct": Turn(W1, 16),
-    "32 distinct": Turn(W1, 32),
-}
+ADAPTERS = {"base": 0, "1 adapter": 1, "16 distinct": 16, "32 distinct": 32}  # none above the requests
 
 
 def run(bench: Bench) -> Report:
-    contest = Contest(bench.base, loras(bench.base, 32), bench.room, bench.rounds)
-    return contest.run(bench.engines, TURNS).as_json()
+    load = bench.cut(W1)
+    turns = {label: Turn(load, count) for label, count in ADAPTERS.items() if count <= load.requests}
+    adapters = loras(bench.base, max(turn.adapters for turn in turns.values()))
+    return Contest(bench.base, adapters, bench.room, bench.rounds).run(bench.engines, turns).as_json()
 
 
 SCENARIO = Scenario("w1", "distinct adapters beside every peer; base only beside vLLM and OpenVINO", run)

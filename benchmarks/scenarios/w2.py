@@ -7,12 +7,11 @@ from benchmarks.contest import Contest, Turn
 from benchmarks.load import W2
 from benchmarks.scenarios.scenario import Bench, Report, Scenario
 
-TURNS = {"base": Turn(W2), "1 adapter": Turn(W2, 1)}
-
 
 def run(bench: Bench) -> Report:
+    load = bench.cut(W2)
     contest = Contest(bench.base, loras(bench.base, 1), bench.room, bench.rounds)
-    return contest.run(bench.engines, TURNS).as_json()
+    return contest.run(bench.engines, {"base": Turn(load), "1 adapter": Turn(load, 1)}).as_json()
 
 
 SCENARIO = Scenario("w2", "a single stream, one adapter", run)

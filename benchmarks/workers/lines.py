@@ -23,10 +23,11 @@ def serve(start: Callable[[dict[str, Any]], Generate]) -> None:
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        answer: dict[str, Any]
         began = time.perf_counter()
         try:
             tokens = generate(asked["prompts"], asked["adapters"], asked["new"])
-            answer: dict[str, Any] = {"tokens": tokens, "wall_s": time.perf_counter() - began}
+            answer = {"tokens": tokens, "wall_s": time.perf_counter() - began}
         except Exception as error:  # noqa: BLE001 (the outer edge: the reason goes to the other side)
-            answer: dict[str, Any] = {"failed": f"{type(error).__name__}: {error}"[:1000]}
+            answer = {"failed": f"{type(error).__name__}: {error}"[:1000]}
         print(json.dumps(answer), file=out, flush=True)
