@@ -42,7 +42,7 @@ def exported(base: Base, weights: str) -> Path:
     """The base in OpenVINO's format, made now unless it is there. Raises: EngineDidNotStart."""
     made = base.folder.with_name(f"{base.name}-openvino-{weights}")
     if not (made / "openvino_tokenizer.xml").is_file():
-        command = [
+        command: list[str | Path] = [
             folder("openvino") / "venv" / "bin" / "optimum-cli",
             "export",
             "openvino",

@@ -7,12 +7,13 @@ from benchmarks.contest import Contest, Turn
 from benchmarks.load import W1
 from benchmarks.scenarios.scenario import Bench, Report, Scenario
 
-ADAPTERS = {"base": 0, "1 adapter": 1, "16 distinct": 16, "32 distinct": 32}  # none above the requests
+DISTINCT = (16, 32)
 
 
 def run(bench: Bench) -> Report:
     load = bench.cut(W1)
-    turns = {label: Turn(load, count) for label, count in ADAPTERS.items() if count <= load.requests}
+    turns = {"base": Turn(load), "1 adapter": Turn(load, 1)}
+    turns |= {f"{count} distinct": Turn(load, count) for count in map(bench.few, DISTINCT)}
     adapters = loras(bench.base, max(turn.adapters for turn in turns.values()))
     return Contest(bench.base, adapters, bench.room, bench.rounds).run(bench.engines, turns).as_json()
 
