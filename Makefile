@@ -22,8 +22,8 @@ lint: $(STAMP)  ## ruff, mypy --strict, and the storeys of the house
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(STAMP)  ## ours alone: throughput with adapters and without, memory, a rare adapter under a flood (minutes)
-	@$(BIN)/python -m benchmarks.serving w1 w2 memory rare --only ours --rounds 3 $(BENCH)
+bench: $(STAMP)  ## ours alone: throughput with adapters and without, one stream, memory, cold adapters (minutes)
+	@$(BIN)/python -m benchmarks.serving w1 w2 memory cold --only ours --rounds 3 $(BENCH)
 
 bench-peers: $(STAMP)  ## every scenario beside vLLM, llama.cpp, PEFT and OpenVINO, which it installs under .bench (hours)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

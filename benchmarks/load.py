@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -57,7 +58,7 @@ class Answer:
 
     @property
     def gaps_s(self) -> list[float]:
-        return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
+        return [later - earlier for earlier, later in pairwise(self.arrivals)]
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class Client:
     dialect: Dialect
     began: float = field(default_factory=time.perf_counter)
 
-    async def ask(self, prompt: Prompt, asked: Asked, new: int) -> Answer:
-        """Raises: LoadFailed."""
+    async def ask(self, prompt: Prompt, asked: Asked, new: int, arrivals: list[float] | None = None) -> Answer:
+        """`arrivals` grows as pieces come, for who wants those of an answer that never ends. Raises: LoadFailed."""
         place = urlsplit(self.url)
         body = json.dumps(self.dialect.body(prompt, asked, new)).encode()
         head = (
@@ -151,12 +152,11 @@ class Client:
             status = await reader.readline()
             if b" 200 " not in status:
                 raise LoadFailed(f"{status.decode().strip()} {(await reader.read(2000)).decode(errors='replace')}")
-            return await self._read(reader, asked_at, new)
+            return await self._read(reader, asked_at, new, [] if arrivals is None else arrivals)
         finally:
             writer.close()
 
-    async def _read(self, reader: asyncio.StreamReader, asked_at: float, new: int) -> Answer:
-        arrivals: list[float] = []
+    async def _read(self, reader: asyncio.StreamReader, asked_at: float, new: int, arrivals: list[float]) -> Answer:
         tokens = None
         while line := await reader.readline():
             if not line.startswith(b"data: {"):

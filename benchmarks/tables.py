@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.bases import Base
-from benchmarks.floors import floor_s, machine_of
-from benchmarks.load import W1, W2, Load
+from benchmarks.floors import Machine, floor_s, machine_of
+from benchmarks.load import Load
+from benchmarks.scenarios.overhead import NEW, RANKS, SHORT_PROMPT
 from benchmarks.targets import rates, ratio
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -35,15 +36,19 @@ def floors_line(report: Mapping[str, Any]) -> str:
 
 def sections(base: Base, reports: Reports) -> list[str]:
     made: list[str] = []
-    for name, title, load in (
-        ("w1", "32 requests of 128 prompt and 64 new tokens, 16 at once: output tokens/s", W1),
-        ("w2", "One stream of 128 prompt and 128 new tokens: output tokens/s", W2),
-    ):
+    for name in ("w1", "w2"):
         if name in reports:
-            made += [f"#### {title}", throughput(base, reports[name], load), latency(reports[name])]
+            load = Load(**reports[name]["load"])
+            title = (
+                f"{load.requests} requests of {load.prompt} prompt and {load.new} new tokens, {load.at_once} at once"
+            )
+            made += [f"#### {title}: output tokens/s", throughput(base, reports[name], load), latency(reports[name])]
             made += [failures(reports[name])] if reports[name]["failed"] else []
     if "overhead" in reports:
-        made += ["#### Of our own base's throughput, by number of adapters in the batch", overhead(reports["overhead"])]
+        made += [
+            "#### Of our own base's throughput, by number of adapters in the batch",
+            overhead(base, reports["overhead"]),
+        ]
     if "popularity" in reports:
         made += ["#### 64 adapters by popularity, of our own base's throughput", popularity(reports)]
     if "memory" in reports:
@@ -99,7 +104,7 @@ def failures(report: Mapping[str, Any]) -> str:
     return "\n".join(["Did not run here:", "", *told])
 
 
-def overhead(report: Mapping[str, Any]) -> str:
+def overhead(base: Base, report: Mapping[str, Any]) -> str:
     counts = ("1 of 16", "4 of 16", "16 of 16", "64 of 64")
     lines = [f"| | {' | '.join(counts)} |", "|---" * (len(counts) + 1) + "|"]
     for group, found in report["groups"].items():
@@ -111,7 +116,18 @@ def overhead(report: Mapping[str, Any]) -> str:
                 figure = ratio(rates({"": found}, "", "ours", f"{phase}, {count}"), of_base)
                 cells.append(str(figure) if figure else "")
             lines.append(f"| {group}, {phase} | {' | '.join(cells)} |")
+        if group in RANKS:
+            floors = [decode_floor_ratio(base, machine_of(report["floors"]), RANKS[group], count) for count in counts]
+            lines.append(f"| {group}, decode at the floor | {' | '.join(f'{one:.2f}' for one in floors)} |")
     return "\n".join(lines)
+
+
+def decode_floor_ratio(base: Base, machine: Machine, ranks: Sequence[int], label: str) -> float:
+    """What the adapters' own bytes and operations leave of the base's rate on a machine that does nothing else."""
+    count, _, batch = label.split()
+    load = Load(int(batch), SHORT_PROMPT, NEW, int(batch))
+    distinct = [ranks[number % len(ranks)] for number in range(int(count))]
+    return floor_s(base, load, machine) / floor_s(base, load, machine, distinct)
 
 
 def popularity(reports: Reports) -> str:

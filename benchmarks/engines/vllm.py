@@ -49,7 +49,8 @@ class Vllm:
         command += ["--max-model-len", str(LENGTH)]
         if self.adapters:
             rank = max(16, *map(rank_of, adapters))
-            command += ["--enable-lora", "--max-loras", str(self.slots), "--max-lora-rank", str(rank), "--lora-modules"]
+            command += ["--enable-lora", "--max-loras", str(self.slots), "--max-lora-rank", str(rank)]
+            command += ["--max-cpu-loras", str(max(self.slots, len(adapters))), "--lora-modules"]
             command += [f"{name}={place}" for name, place in zip(names, adapters, strict=True)]
         preloaded = [*home.glob("tcmalloc/**/libtcmalloc_minimal.so.4"), *home.glob("venv/lib/libiomp5.so")]
         cores = os.cpu_count() or 1

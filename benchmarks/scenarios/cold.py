@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 from benchmarks.adapters import loras
 from benchmarks.engines.over_http import Server
@@ -36,7 +37,7 @@ async def measure(up: Server, streams: int, probes: int) -> Report:
     client = Client(up.url, up.dialect, began=time.perf_counter())
     for warm in range(streams):
         await client.ask(_prompt(PROBE, warm), warm, 2)
-    others: list[Answer] = []
+    others: list[list[float]] = []
     work = [asyncio.create_task(keep_streaming(client, warm, others)) for warm in range(streams)]
     await asyncio.sleep(1)
     found: dict[str, list[Answer]] = {"warm": [], "cold": []}
@@ -50,20 +51,22 @@ async def measure(up: Server, streams: int, probes: int) -> Report:
     return {"failed": failed, **{kind: summary(answers, others) for kind, answers in found.items()}}
 
 
-async def keep_streaming(client: Client, asked: int, others: list[Answer]) -> None:
+async def keep_streaming(client: Client, asked: int, others: list[list[float]]) -> None:
+    """Adds the arrivals of each stream to `others`, as they come."""
     number = 0
     while True:
         number += 1
-        others.append(await client.ask(_prompt(STREAM, 10_000 * (asked + 1) + number), asked, STREAM.new))
+        others.append([])
+        await client.ask(_prompt(STREAM, 10_000 * (asked + 1) + number), asked, STREAM.new, others[-1])
 
 
-def summary(probes: Sequence[Answer], others: Sequence[Answer]) -> Report:
+def summary(probes: Sequence[Answer], others: Sequence[Sequence[float]]) -> Report:
     firsts = [one.first_token_s for one in probes]
     spans = [(one.asked_at, one.arrivals[0]) for one in probes]
     gaps = [
         later - earlier
         for other in others
-        for earlier, later in zip(other.arrivals, other.arrivals[1:], strict=False)
+        for earlier, later in pairwise(other)
         if any(earlier < end and later > begin for begin, end in spans)
     ]
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.adapters import loras, mixed_kinds, mixed_ranks
+from benchmarks.adapters import MIXED_RANKS, loras, mixed_kinds, mixed_ranks
 from benchmarks.bases import Base
 from benchmarks.contest import Contest, Turn
 from benchmarks.load import Load
@@ -20,6 +20,7 @@ PROMPT, NEW = 128, 64
 SHORT_PROMPT = 8  # of what measures decoding
 BUDGET_BYTES = 8 << 30  # 64 adapters of rank 64 take 4.5 GB
 
+RANKS = {"rank 8": (8,), "rank 16": (16,), "rank 64": (64,), "ranks 8 to 64": MIXED_RANKS}  # in turn
 GROUPS: dict[str, tuple[int, Callable[[Base, int], list[Path]]]] = {  # the largest count, and how they are made
     "rank 8": (64, lambda base, count: loras(base, count, 8)),
     "rank 16": (64, lambda base, count: loras(base, count, 16)),

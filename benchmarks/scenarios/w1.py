@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from benchmarks.adapters import loras
 from benchmarks.contest import Contest, Turn
 from benchmarks.load import W1
@@ -15,7 +17,8 @@ def run(bench: Bench) -> Report:
     turns = {"base": Turn(load), "1 adapter": Turn(load, 1)}
     turns |= {f"{count} distinct": Turn(load, count) for count in map(bench.few, DISTINCT)}
     adapters = loras(bench.base, max(turn.adapters for turn in turns.values()))
-    return Contest(bench.base, adapters, bench.room, bench.rounds).run(bench.engines, turns).as_json()
+    results = Contest(bench.base, adapters, bench.room, bench.rounds).run(bench.engines, turns)
+    return {"load": asdict(load), **results.as_json()}
 
 
 SCENARIO = Scenario("w1", "distinct adapters beside every peer; base only beside vLLM and OpenVINO", run)
