@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class Llama:
         command += ["-t", threads, "-tb", threads, "--parallel", str(AT_ONCE), "-c", str(CONTEXT), "-b", "2048"]
         command += ["-ub", "512", "--no-webui"]
         if adapters:
-            command += ["--lora", ",".join(str(adapter_gguf(base, one)) for one in adapters)]
+            command += ["--lora", ",".join(map(str, adapter_ggufs(base, adapters)))]
         with server(command, port, Native(len(adapters)), room / f"{self.name}.log", {}) as up:
             yield up
 
@@ -85,27 +86,35 @@ def base_gguf(base: Base, weights: str) -> Path:
     if made.is_file():
         return made
     if weights in PLAIN:
-        wanted: list[str | Path] = ["--outtype", weights, "--outfile", made, make_base(base)]
-        _make(made, [python("llama"), CONVERTER, _sources(), *wanted])
+        _convert("convert_hf_to_gguf.py", {made: ["--outtype", weights, str(make_base(base))]})
     else:
-        _make(made, [_binary("llama-quantize"), base_gguf(base, PLAIN[0]), made, weights])
+        _make([made], [_binary("llama-quantize"), base_gguf(base, PLAIN[0]), made, weights])
     return made
 
 
-def adapter_gguf(base: Base, adapter: Path) -> Path:
-    made = adapter.with_suffix(".gguf")
-    if not made.is_file():
-        script = _sources() / "convert_lora_to_gguf.py"
-        wanted: list[str | Path] = ["--outtype", "f16", "--outfile", made, "--base", make_base(base), adapter]
-        _make(made, [python("llama"), script, *wanted])
-    return made
+def adapter_ggufs(base: Base, adapters: Sequence[Path]) -> list[Path]:
+    """Those that are not there are made in one go. Raises: EngineDidNotStart."""
+    made = {adapter.with_suffix(".gguf"): adapter for adapter in adapters}
+    missing = {one: adapter for one, adapter in made.items() if not one.is_file()}
+    if missing:
+        fixed = ["--outtype", "f16", "--base", str(make_base(base))]
+        _convert("convert_lora_to_gguf.py", {one: [*fixed, str(adapter)] for one, adapter in missing.items()})
+    return list(made)
 
 
-def _make(made: Path, command: Sequence[str | Path]) -> None:
+def _convert(script: str, runs: Mapping[Path, Sequence[str]]) -> None:
+    """`runs`: what is to be made, with the other arguments of that run."""
+    asked = json.dumps([[*arguments, "--outfile", str(made)] for made, arguments in runs.items()])
+    _make(list(runs), [python("llama"), CONVERTER, _sources(), script, asked])
+
+
+def _make(made: Sequence[Path], command: Sequence[str | Path]) -> None:
+    """Leaves none of them half done."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        made.unlink(missing_ok=True)
-        raise EngineDidNotStart(f"{Path(command[1]).name} failed: {done.stderr[-1000:]}")
+        for one in made:
+            one.unlink(missing_ok=True)
+        raise EngineDidNotStart(f"making {made[0].name} failed: {done.stderr[-1000:]}")
 
 
 def _sources() -> Path:
