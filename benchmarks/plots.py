@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import counts_of
 from benchmarks.targets import rates
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -44,12 +45,12 @@ def _overhead(report: Mapping[str, Any], title: str, file: str, docs: Path) -> N
     figure, axes = _axes(title)
     for group, found in report["groups"].items():
         points = {}
-        for count in (1, 4, 16, 64):
-            batch = max(count, 16)
-            mine = rates({"": found}, "", "ours", f"decode, {count} of {batch}")
+        for count in counts_of(report):
+            adapters, _, batch = count.split()
+            mine = rates({"": found}, "", "ours", f"decode, {count}")
             of_base = rates({"": found}, "", "ours", f"decode, 0 of {batch}")
-            if mine:
-                points[str(count)] = statistics.median(a / b for a, b in zip(mine, of_base, strict=True))
+            if mine and of_base:
+                points[adapters] = statistics.median(a / b for a, b in zip(mine, of_base, strict=False))
         axes.plot(list(points), list(points.values()), marker="o", label=group)
     axes.set_ylim(bottom=0)
     _save(figure, axes, docs / file)

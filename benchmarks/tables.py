@@ -105,7 +105,7 @@ def failures(report: Mapping[str, Any]) -> str:
 
 
 def overhead(base: Base, report: Mapping[str, Any]) -> str:
-    counts = ("1 of 16", "4 of 16", "16 of 16", "64 of 64")
+    counts = counts_of(report)
     lines = [f"| | {' | '.join(counts)} |", "|---" * (len(counts) + 1) + "|"]
     for group, found in report["groups"].items():
         for phase in ("prefill", "decode"):
@@ -120,6 +120,13 @@ def overhead(base: Base, report: Mapping[str, Any]) -> str:
             floors = [decode_floor_ratio(base, machine_of(report["floors"]), RANKS[group], count) for count in counts]
             lines.append(f"| {group}, decode at the floor | {' | '.join(f'{one:.2f}' for one in floors)} |")
     return "\n".join(lines)
+
+
+def counts_of(report: Mapping[str, Any]) -> list[str]:
+    """ "16 of 64": so many adapters in a batch of so many requests, the fewest first."""
+    labels = (label for found in report["groups"].values() for label in found["rounds"].get("ours", {}))
+    counts = dict.fromkeys(label.partition(", ")[2] for label in labels)
+    return sorted((count for count in counts if not count.startswith("0 ")), key=lambda count: int(count.split()[0]))
 
 
 def decode_floor_ratio(base: Base, machine: Machine, ranks: Sequence[int], label: str) -> float:
