@@ -8,7 +8,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench bench-peers install clean
 
 demo: $(STAMP)  ## train four adapters, push, serve, fuse, swap: the whole of it on the embedded base
 	@$(BIN)/hub demo $(DEMO)
@@ -22,8 +22,14 @@ lint: $(STAMP)  ## ruff, mypy --strict, and the storeys of the house
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(STAMP)  ## adapters against our own base and against PEFT, side by side in one run (minutes)
-	@$(BIN)/python -m benchmarks.serving $(BENCH)
+bench: $(STAMP)  ## ours alone: throughput with adapters and without, one stream, memory, cold adapters (minutes)
+	@$(BIN)/python -m benchmarks.serving w1 w2 memory cold --only ours --rounds 3 $(BENCH)
+
+bench-peers: $(STAMP)  ## every scenario beside vLLM, llama.cpp, PEFT and OpenVINO, which it installs under .bench (hours)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@$(BIN)/python -m benchmarks.install
+	@$(BIN)/python -m benchmarks.serving all $(BENCH)
+	@$(BIN)/python -m benchmarks.page
 
 install: $(STAMP)
 

@@ -89,13 +89,13 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def fill(home: Path, names: int, sample: Path) -> None:
-    """Names with versions that were never pushed: rows as a push would make them, of one real manifest."""
-    LocalHub(home).push(sample, "bench/seed")
+def fill(home: Path, names: int, sample: Path, base: Path | None = None) -> None:
+    """Names with versions that were never pushed: rows as a push would make them, of the sample's manifest."""
+    seed = LocalHub(home).push(sample, "bench/seed", base=base).digest
     engine = open_database(home / "catalogue.sqlite")
     with writing(engine) as connection:
-        real = connection.execute(sa.select(manifests)).one()
-        kept = connection.execute(sa.select(files.c.path, files.c.sha256)).all()
+        real = connection.execute(sa.select(manifests).where(manifests.c.digest == seed)).one()
+        kept = connection.execute(sa.select(files.c.path, files.c.sha256).where(files.c.digest == seed)).all()
         rows: dict[str, list[dict[str, Any]]] = {"manifests": [], "files": [], "versions": [], "aliases": []}
         for number in range(names):
             name = f"team-{number % 100}/adapter-{number}"

@@ -1,0 +1,93 @@
+"""The step of 16 running streams with 1,000 requests queued behind them and 10,000 adapters in the hub, beside without.
+
+The step is the median gap between tokens, of the same places of the answers in both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from contextlib import suppress
+
+import httpx
+
+from benchmarks.adapters import loras
+from benchmarks.engines.over_http import Server
+from benchmarks.load import Answer, Client, Load, prompts
+from benchmarks.registry import fill
+from benchmarks.scenarios.scenario import Bench, Report, Scenario
+
+STREAMS, QUEUED, NAMES = 16, 1000, 10_000
+RUNNING = Load(requests=STREAMS, prompt=16, new=384, at_once=STREAMS)
+WAITING = Load(requests=QUEUED, prompt=16, new=4, at_once=QUEUED)
+QUEUE_TIMEOUT_S = 120
+
+
+def run(bench: Bench) -> Report:
+    streams, queued, names = bench.few(STREAMS), bench.few(QUEUED), bench.few(NAMES)
+    adapters = loras(bench.base, streams)
+    report: Report = {"queued": queued, "names": names, "engines": {}}
+    for engine in bench.ours:
+        room = bench.room / engine.name
+        room.mkdir()
+        placed = engine.with_options({"max-running": streams, "max-waiting": queued + streams})
+        steps: dict[str, list[float]] = {"without": [], "with": []}
+        with placed.start(bench.base, adapters, room) as up:
+            for number in range(bench.rounds):
+                answers, place = asyncio.run(stream(up, streams, 0, number))
+                steps["without"].append(step_s(answers, place))
+        fill(room / "home", names, adapters[0], bench.base.folder)
+        with placed.serve(bench.base, [f"bench/a{number}" for number in range(streams)], room) as up:
+            for number in range(bench.rounds):
+                answers, place = asyncio.run(stream(up, streams, queued, number))
+                steps["with"].append(step_s(answers, place))
+        report["engines"][engine.name] = steps
+    return report
+
+
+def step_s(answers: list[Answer], place: int) -> float:
+    return statistics.median(gap for answer in answers for gap in answer.gaps_s[place:])
+
+
+async def stream(up: Server, streams: int, queued: int, seed: int) -> tuple[list[Answer], int]:
+    """The streams' answers, and the place in them from which on everything was queued (where nothing is, a third)."""
+    client = Client(up.url, up.dialect, began=time.perf_counter())
+    shape = Load(streams, RUNNING.prompt, RUNNING.new, streams)
+    running = [
+        asyncio.create_task(client.ask(prompt, number, RUNNING.new))
+        for number, prompt in enumerate(prompts(shape, seed))
+    ]
+    await asyncio.sleep(1)
+    waiting = [
+        asyncio.create_task(client.ask(prompt, number % streams, WAITING.new))
+        for number, prompt in enumerate(prompts(Load(queued, WAITING.prompt, WAITING.new, queued), seed + 1))
+    ]
+    if queued:
+        await until_queued(up.url, queued)
+    since = time.perf_counter() - client.began
+    answers = list(await asyncio.gather(*running))
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    places = [sum(arrival < since for arrival in answer.arrivals) for answer in answers]
+    if queued and max(places) > 0.9 * RUNNING.new:
+        raise RuntimeError("the streams ended before everything was queued")
+    return answers, max(places) if queued else RUNNING.new // 3
+
+
+async def until_queued(url: str, queued: int) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=QUEUE_TIMEOUT_S) as client:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(QUEUE_TIMEOUT_S):
+                while await waiting_now(client) < queued:
+                    await asyncio.sleep(0.5)
+
+
+async def waiting_now(client: httpx.AsyncClient) -> int:
+    text = (await client.get("/metrics")).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_waiting")]
+    return int(float(lines[0].split()[-1]))
+
+
+SCENARIO = Scenario("idle", "1,000 idle requests queued, 10,000 adapters in the hub", run)

@@ -1,0 +1,20 @@
+"""64 adapters asked for alike, one alone, by Zipf's law, and each in turn: throughput beside the bare base's."""
+
+from __future__ import annotations
+
+from benchmarks.adapters import loras
+from benchmarks.contest import Contest, Turn
+from benchmarks.load import POPULARITY, Load
+from benchmarks.scenarios.scenario import Bench, Report, Scenario
+
+ADAPTERS = 64
+LOAD = Load(requests=64, prompt=128, new=64, at_once=16)
+
+
+def run(bench: Bench) -> Report:
+    load, count = bench.cut(LOAD), bench.few(ADAPTERS)
+    turns = {"base": Turn(load), **{how: Turn(load, count, how) for how in POPULARITY}}
+    return Contest(bench.base, loras(bench.base, count), bench.room, bench.rounds).run(bench.ours, turns).as_json()
+
+
+SCENARIO = Scenario("popularity", "popularity of 64 adapters: identical, uniform, Zipf, distinct", run)

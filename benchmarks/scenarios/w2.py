@@ -1,0 +1,20 @@
+"""W2: one stream of 128 prompt and 128 new tokens, for the base and one adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from benchmarks.adapters import loras
+from benchmarks.contest import Contest, Turn
+from benchmarks.load import W2
+from benchmarks.scenarios.scenario import Bench, Report, Scenario
+
+
+def run(bench: Bench) -> Report:
+    load = bench.cut(W2)
+    contest = Contest(bench.base, loras(bench.base, 1), bench.room, bench.rounds)
+    results = contest.run(bench.engines, {"base": Turn(load), "1 adapter": Turn(load, 1)})
+    return {"load": asdict(load), **results.as_json()}
+
+
+SCENARIO = Scenario("w2", "a single stream, one adapter", run)
