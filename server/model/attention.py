@@ -126,9 +126,8 @@ def attend(
     decodes = 0
     if graft_plan.decode_blocks_BN is not None:
         decodes = graft_plan.decode_blocks_BN.shape[0]
-        keys, values = graft_plan.cache.gather(layer, graft_plan.decode_blocks_BN)
-        mask = graft_plan.decode_mask(sliding_window)
-        parts.append(_decode(query[0, :, :decodes], keys, values, mask, scale, softcap, s_aux))
+        attend_decodes = _decode_paged if query.is_cuda else _decode_gathered
+        parts.append(attend_decodes(graft_plan, layer, query[0, :, :decodes], scale, sliding_window, softcap, s_aux))
     start = decodes
     for index, span in enumerate(graft_plan.spans):
         keys, values = graft_plan.cache.gather(layer, span.blocks_1N)
@@ -137,6 +136,47 @@ def attend(
         parts.append(_prefill(chunk, keys[:, 0], values[:, 0], mask, scale, softcap, s_aux))
         start += span.count
     return torch.cat(parts)[None], None
+
+
+def _decode_paged(
+    plan: AttentionPlan,
+    layer: int,
+    query_HBD: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    # Only where there is a GPU: torch for CPUs comes without Triton.
+    from server.kernels.gpu.attention import decode_paged
+
+    assert plan.decode_blocks_BN is not None and plan.decode_lengths_B is not None
+    return decode_paged(
+        query_HBD,
+        plan.cache.keys[layer],
+        plan.cache.values[layer],
+        plan.decode_blocks_BN,
+        plan.decode_lengths_B,
+        block_size=plan.cache.block_size,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks_H=sinks_H,
+    )
+
+
+def _decode_gathered(
+    plan: AttentionPlan,
+    layer: int,
+    query_HBD: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    assert plan.decode_blocks_BN is not None
+    keys, values = plan.cache.gather(layer, plan.decode_blocks_BN)
+    return _decode(query_HBD, keys, values, plan.decode_mask(window), scale, softcap, sinks_H)
 
 
 def _decode(

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
+from server.kernels.gpu.operand import operand_of
 from server.kernels.gpu.work import NO_SLOT, TILE, Work
 
 ALIGNMENT = 16  # bytes: what the kernels assume of every address in a table
@@ -89,7 +89,7 @@ def apply_gathered(y_TO: Tensor, x_TI: Tensor, work: Work, table: Table) -> Tens
     shape = (table.siblings, cuts, work.units, work.rows, TILE)
     middle = torch.empty(shape, dtype=torch.float32, device=x_TI.device)
     a_HS, b_HS, bias_HS, scale_HS = table.addresses_4HS
-    operand = _operand(x_TI.dtype)
+    operand = operand_of(x_TI.dtype)
     _shrink[(work.units, cuts, table.siblings)](
         x_TI,
         now.tokens_N,
@@ -153,14 +153,6 @@ def apply_gathered_loop(
                     factor += gate * (terms.scale_O.float() - 1)
             y_TO[token, first : first + width] = (own.float() * factor + added).to(y_TO.dtype)
     return y_TO
-
-
-def _operand(dtype: torch.dtype) -> tl.dtype:
-    """What products are made of. The interpreter multiplies the bits of bfloat16 as if they were integers; widened, the
-    products are the same, since both sum in fp32."""
-    if dtype == torch.bfloat16:
-        return tl.float32 if knobs.runtime.interpret else tl.bfloat16
-    return tl.float16 if dtype == torch.float16 else tl.float32
 
 
 @triton.jit
