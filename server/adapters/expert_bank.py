@@ -19,7 +19,10 @@ from server.primitives.routed_experts import Expert, Route
 
 
 class ExpertBank:
-    def __init__(self) -> None:
+    """`dtype` is the activations'; None: that of the experts."""
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
         self._experts: dict[str, Expert] = {}
         self._routers: dict[str, Graft] = {}
         self.operands: Mapping[str, ExpertOperand] = {}
@@ -42,7 +45,7 @@ class ExpertBank:
         if not self._has(wanted) or len(self._experts) > 2 * len(wanted):
             self._experts = wanted
             self.columns = {digest: column for column, digest in enumerate(wanted)}
-            self.operands = _pack(list(wanted.values()))
+            self.operands = _pack(list(wanted.values()), self._dtype)
             self._lay_out(routers)
         elif not routers.keys() <= self._routers.keys():
             self._lay_out(routers)
@@ -70,9 +73,9 @@ class ExpertBank:
             self.space = GateSpace(torch.cat(weights, dim=1), torch.tensor(owners, device=weights[0].device))
 
 
-def _pack(experts: Sequence[Expert]) -> dict[str, ExpertOperand]:
+def _pack(experts: Sequence[Expert], dtype: torch.dtype | None) -> dict[str, ExpertOperand]:
     names = dict.fromkeys(name for expert in experts for name in expert.graft.sites)
-    return {name: route.pack([_term(expert, name) for expert in experts]) for name in names}
+    return {name: route.pack([_term(expert, name) for expert in experts], dtype) for name in names}
 
 
 def _term(expert: Expert, name: str) -> tuple[LowRank, Tensor | None] | None:

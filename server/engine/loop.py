@@ -122,7 +122,7 @@ class EngineLoop:
         self.max_model_len = min(facts.context, config.max_model_len or facts.context)
         blocks = _block_count(network, config, self.max_model_len)
         self._cache = network.new_cache(blocks, config.block_size)
-        self._bank = Bank()
+        self._bank = Bank(facts.dtype)
         self._pool = BlockPool(blocks)
         self._scheduler = Scheduler(
             self._pool,

@@ -103,26 +103,30 @@ def reading(embeddings_TH: Tensor) -> Tensor:
 
 
 def prototype(value: LowRank) -> Tensor:
-    """The top right singular vector (I) of B A, exact: QR of the thin factors, SVD of the r x r middle.
+    """The top right singular vector (I) of B A in fp32, exact: QR of the thin factors, SVD of the r x r middle.
 
     Zero where B A is zero, so that such an expert scores nothing.
     """
     Q_IR, R_A = torch.linalg.qr(value.A_RI.t().double())
-    _, R_B = torch.linalg.qr(value.B_OR.double())
+    _, R_B = torch.linalg.qr(value.B_OR.double() * value.scaling)
     _, stretch_R, V_RR = torch.linalg.svd(R_B @ R_A.t())
     direction_I = Q_IR @ V_RR[0]
-    return (direction_I * (stretch_R[0] > 0)).to(value.A_RI.dtype)
+    return (direction_I * (stretch_R[0] > 0)).float()
 
 
-def pack(values: Sequence[tuple[LowRank, Tensor | None] | None]) -> ExpertOperand:
-    """Each column's term at this Linear with its prototype; None where the expert has no term here."""
-    lows = tuple(None if value is None else value[0] for value in values)
+def pack(values: Sequence[tuple[LowRank, Tensor | None] | None], dtype: torch.dtype | None = None) -> ExpertOperand:
+    """Each column's term at this Linear with its prototype; None where the expert has no term here.
+
+    `dtype` is the activations'; None: that of the terms.
+    """
+    dtype = dtype or next(value[0].A_RI.dtype for value in values if value is not None)
+    lows = tuple(None if value is None else _ready(value[0], dtype) for value in values)
     there = [(column, low) for column, low in enumerate(lows) if low is not None]
     A_PI = torch.cat([low.A_RI for _, low in there])
     B_OP = torch.cat([low.B_OR for _, low in there], dim=1)
     owners = [column for column, low in there for _ in range(low.A_RI.shape[0])]
     nothing = A_PI.new_zeros(A_PI.shape[1])
-    prototypes = [nothing if value is None or value[1] is None else value[1] for value in values]
+    prototypes = [nothing if value is None or value[1] is None else value[1].to(dtype) for value in values]
     return ExpertOperand(
         lows,
         A_PI.t(),
@@ -131,6 +135,11 @@ def pack(values: Sequence[tuple[LowRank, Tensor | None] | None]) -> ExpertOperan
         torch.tensor([low is not None for low in lows], device=A_PI.device),
         torch.stack(prototypes, dim=1),
     )
+
+
+def _ready(low: LowRank, dtype: torch.dtype) -> LowRank:
+    """The same in the activations' dtype, its scaling inside B."""
+    return LowRank(low.A_RI.to(dtype), low.scaled(dtype))
 
 
 def select(scores_RC: Tensor, routed: Routed, allowed_RC: Tensor) -> Selection:
@@ -200,7 +209,8 @@ def apply_loop(x_RI: Tensor, gates_RE: Tensor, lows: Sequence[LowRank | None]) -
     for token in range(x_RI.shape[0]):
         for share, low in zip(gates_RE[token], lows, strict=True):
             if low is not None and share != 0:
-                y_RO[token] += share * (low.B_OR @ (low.A_RI @ x_RI[token]))
+                middle_R = low.A_RI.to(x_RI.dtype) @ x_RI[token]
+                y_RO[token] += share * low.scaling * (low.B_OR.to(x_RI.dtype) @ middle_R)
     return y_RO
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from server.primitives import bias, delta, edit, experts, gain, lowrank, rotate, scale
@@ -121,8 +122,8 @@ class Active:
     wanted_gates: Gates | None = None
 
 
-def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
-    """Lay the (column, value) pairs of the active adapters side by side."""
+def pack_site(values: Sequence[tuple[int, SiteValue]], dtype: torch.dtype | None = None) -> SiteOperand:
+    """Lay the (column, value) pairs of the active adapters side by side, in the activations' dtype."""
     ins = [(column, value.scale_in) for column, value in values if value.scale_in is not None]
     outs = [(column, value.scale_out) for column, value in values if value.scale_out is not None]
     lows = [(column, value.lowrank) for column, value in values if value.lowrank is not None]
@@ -136,7 +137,7 @@ def pack_site(values: Sequence[tuple[int, SiteValue]]) -> SiteOperand:
     return SiteOperand(
         scale.pack(ins) if ins else None,
         scale.pack(outs) if outs else None,
-        lowrank.pack(lows) if lows else None,
+        lowrank.pack(lows, dtype) if lows else None,
         bias.pack(biases) if biases else None,
         delta.pack(deltas) if deltas else None,
         rotate.pack(turns_in) if turns_in else None,

@@ -50,12 +50,19 @@ def some_site(rng: torch.Generator, rank: int) -> SiteValue:
     return SiteValue(
         scale_in=Scale(normal(IN)) if rank % 3 == 0 else None,
         scale_out=Scale(normal(OUT)) if rank % 3 == 1 else None,
-        lowrank=LowRank(normal(rank, IN), normal(OUT, rank)) if rank % 2 else None,
+        lowrank=some_lowrank(rng, rank) if rank % 2 else None,
         bias=Bias(normal(OUT)) if rank % 4 else None,
         delta=some_delta(rng, rank) if rank > 2 else None,
         rotate_in=some_rotate(rng, IN, rank) if rank in (2, 3) else None,
         rotate_out=some_rotate(rng, OUT, rank) if rank > 3 else None,
     )
+
+
+def some_lowrank(rng: torch.Generator, rank: int) -> LowRank:
+    """In the dtype of its file, which need not be that of the activations, with its scaling beside it or inside."""
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[rank % 3]
+    A_RI, B_OR = torch.randn(rank, IN, generator=rng), torch.randn(OUT, rank, generator=rng)
+    return LowRank(A_RI.to(dtype), B_OR.to(dtype), (1.0, 0.7, -2.0)[rank // 2 % 3])
 
 
 def some_rotate(rng: torch.Generator, features: int, seed: int) -> Rotate:
@@ -77,7 +84,7 @@ def some_delta(rng: torch.Generator, seed: int) -> Delta:
 
 
 def run_site(x: Tensor, gates: Tensor, values: list[SiteValue], weight: Tensor, base_bias: Tensor) -> Tensor:
-    operand = pack_site(list(enumerate(values)))
+    operand = pack_site(list(enumerate(values)), x.dtype)
     return apply_site(x, Gates(gates), operand, lambda z: F.linear(z, weight), base_bias)
 
 
@@ -87,9 +94,7 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
     rng = random(seed)
     gates, x = some_gates(rng, count, len(sizes)), torch.randn(count, IN, generator=rng)
     y = torch.randn(count, OUT, generator=rng)
-    lows = [
-        (k, LowRank(torch.randn(r, IN, generator=rng), torch.randn(OUT, r, generator=rng))) for k, r in enumerate(sizes)
-    ]
+    lows = [(k, some_lowrank(rng, rank)) for k, rank in enumerate(sizes)]
     scales = [(k, Scale(torch.randn(IN, generator=rng))) for k in range(len(sizes))]
     biases = [(k, Bias(torch.randn(OUT, generator=rng))) for k in range(len(sizes))]
     deltas = [(k, some_delta(rng, size)) for k, size in enumerate(sizes)]
@@ -98,7 +103,7 @@ def test_each_primitive_equals_its_plain_loop(seed: int, sizes: list[int], count
     pairs = [
         (rotate.apply(y, other_y, Gates(gates), rotate.pack(turns)), rotate.apply_loop(y, other_y, gates, turns)),
         (delta.apply(y, x, Gates(gates), delta.pack(deltas)), delta.apply_loop(y, x, gates, deltas)),
-        (lowrank.apply(y, x, Gates(gates), lowrank.pack(lows)), lowrank.apply_loop(y, x, gates, lows)),
+        (lowrank.apply(y, x, Gates(gates), lowrank.pack(lows, x.dtype)), lowrank.apply_loop(y, x, gates, lows)),
         (scale.apply(x, Gates(gates), scale.pack(scales)), scale.apply_loop(x, gates, scales)),
         (bias.apply(y, Gates(gates), bias.pack(biases)), bias.apply_loop(y, gates, biases)),
     ]
@@ -250,10 +255,10 @@ def test_a_bank_that_dropped_grafts_equals_one_that_never_held_them(seed: int, h
     rng = random(seed)
     grafts = [Graft(f"digest-{k}", f"graft@{k}", {"site": some_site(rng, k + 1)}) for k in range(7)]
     x, weight = torch.randn(3, IN, generator=rng), torch.randn(OUT, IN, generator=rng)
-    old = Bank()
+    old = Bank(torch.float32)
     for active in history:
         columns = old.activate([grafts[k] for k in active])
-        fresh = Bank()
+        fresh = Bank(torch.float32)
         fresh_columns = fresh.activate([grafts[k] for k in active])
         results = []
         for bank, places in ((old, columns), (fresh, fresh_columns)):
@@ -267,7 +272,7 @@ def test_a_bank_that_dropped_grafts_equals_one_that_never_held_them(seed: int, h
 
 def some_rows(rng: torch.Generator, size: int) -> SiteValue:
     """What adapters do at an embedding of OUT tokens and IN features."""
-    low = LowRank(torch.randn(size, OUT, generator=rng), torch.randn(IN, size, generator=rng))
+    low = LowRank(torch.randn(size, OUT, generator=rng), torch.randn(IN, size, generator=rng), 0.7)
     spread = Scale(torch.randn(IN, generator=rng)) if size % 3 == 0 else None
     whole = some_delta(rng, [0, 1, 3][size % 3]) if size % 2 else None  # an embedding has no sparse delta
     return SiteValue(scale_out=spread, lowrank=low if size % 4 else None, delta=whole)

@@ -29,8 +29,17 @@ def random(seed: int) -> torch.Generator:
 
 
 def some_lows(rng: torch.Generator, sizes: list[int]) -> list[LowRank | None]:
+    """Of the dtypes that files have, each with a scaling of its own; None for rank 0."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return [
-        LowRank(torch.randn(r, IN, generator=rng), torch.randn(OUT, r, generator=rng)) if r else None for r in sizes
+        LowRank(
+            torch.randn(r, IN, generator=rng).to(dtypes[r % 3]),
+            torch.randn(OUT, r, generator=rng).to(dtypes[r % 3]),
+            (1.0, 0.7, -2.0)[r // 2],
+        )
+        if r
+        else None
+        for r in sizes
     ]
 
 
@@ -70,7 +79,7 @@ def test_computing_the_chosen_alone_equals_computing_all_and_masking(seed: int, 
     rng = random(seed)
     lows, x = some_lows(rng, sizes), torch.randn(count, IN, generator=rng)
     chosen = some_selection(rng, count, len(sizes))
-    operand = route.pack([None if low is None else (low, None) for low in lows])
+    operand = route.pack([None if low is None else (low, None) for low in lows], torch.float32)
     plain = route.apply_loop(x, chosen.dense(len(sizes)), lows)
     for got in (route.apply_dense(x, chosen, operand), route.apply_selected(x, chosen, operand)):
         torch.testing.assert_close(got, plain, atol=TOLERANCE, rtol=TOLERANCE)
@@ -85,7 +94,9 @@ def test_arrow_scores_by_the_length_along_each_direction_whatever_its_sign(
     rng = random(seed)
     lows, x = some_lows(rng, sizes), torch.randn(count, IN, generator=rng)
     directions = [None if low is None else route.prototype(low) for low in lows]
-    operand = route.pack([None if low is None else (low, way) for low, way in zip(lows, directions, strict=True)])
+    operand = route.pack(
+        [None if low is None else (low, way) for low, way in zip(lows, directions, strict=True)], torch.float32
+    )
     routed = some_routed(rng, count, len(sizes))
     got = route.arrow(x, routed, operand).dense(len(sizes))
     for token in range(count):
@@ -99,9 +110,9 @@ def test_arrow_scores_by_the_length_along_each_direction_whatever_its_sign(
 @SETTINGS
 def test_a_prototype_is_the_input_that_the_delta_stretches_most(seed: int, rank: int) -> None:
     rng = random(seed)
-    low = LowRank(torch.randn(rank, IN, generator=rng), torch.randn(OUT, rank, generator=rng))
+    low = LowRank(torch.randn(rank, IN, generator=rng), torch.randn(OUT, rank, generator=rng), -0.5)
     found = route.prototype(low)
-    delta = low.B_OR @ low.A_RI
+    delta = low.scaling * low.B_OR @ low.A_RI
     most = torch.linalg.matrix_norm(delta, ord=2)
     torch.testing.assert_close(found.norm(), torch.tensor(1.0))
     torch.testing.assert_close((delta @ found).norm(), most, atol=TOLERANCE, rtol=TOLERANCE)
@@ -120,7 +131,7 @@ def test_a_routed_token_does_not_depend_on_its_neighbours(seed: int, sizes: list
         *some_lows(rng, sizes),
         LowRank(torch.full((2, IN), 3e38), torch.full((OUT, 2), 3e38)),
     ]
-    operand = route.pack([None if low is None else (low, None) for low in lows])
+    operand = route.pack([None if low is None else (low, None) for low in lows], torch.float32)
     x = torch.randn(count, IN, generator=rng)
     own = some_selection(rng, 1, len(sizes))
     slots = own.columns_RK.shape[1]
