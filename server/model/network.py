@@ -5,7 +5,7 @@ T packed tokens of the step, R rows whose logits are wanted, V virtual tokens, E
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,10 @@ class Network:
             return grafted.weight.detach().float()
         assert isinstance(grafted, GraftedLinear)
         return base_weight(grafted.base)
+
+    def linears(self) -> Iterator[GraftedLinear]:
+        """Every Linear that adapters may change."""
+        return (module for module in self._stock.modules() if isinstance(module, GraftedLinear))
 
     def new_cache(self, blocks: int, block_size: int) -> KvCache:
         facts = self.facts

@@ -16,7 +16,7 @@ from server.primitives.lowrank import LowRank
 
 pytest.importorskip("triton", reason="triton has wheels for Linux on x86_64 only")
 
-from server.kernels.gpu.lowrank import Table, Terms, apply_gathered, apply_gathered_loop
+from server.kernels.gpu.lowrank import Entries, Table, Terms, apply_gathered, apply_gathered_loop
 from server.kernels.gpu.work import TILE, Work, plan_work
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +74,16 @@ def some_terms(rng: torch.Generator, rank: int, inputs: int, width: int, dtype: 
         normal(rank, width) / max(rank, 1) if rank else None,
         normal(width) if rank % 3 == 0 else None,
         normal(width) if rank % 2 == 0 else None,
+        scaling=0.5 + rank % 2,
     )
+
+
+def table_of(terms: list[Terms], width: int) -> Table:
+    """One Linear, a slot for each."""
+    entries = Entries(1, len(terms), DEVICE)
+    for slot, own in enumerate(terms):
+        entries.put(slot, {0: own})
+    return Table(entries, 0, ((0, width),))
 
 
 def room(columns: tuple[tuple[int, int], ...]) -> int:
@@ -97,10 +106,10 @@ def test_the_kernels_equal_the_plain_loop(
     """Mixed ranks, several adapters a token, siblings, biases and scales; then other mixtures in the same buffers."""
     rng = torch.Generator().manual_seed(seed)
     terms = [[some_terms(rng, rank, inputs, width, dtype) for rank in ranks] for _, width in columns]
-    table = Table(len(ranks), columns, DEVICE)
-    for sibling, all_ in enumerate(terms):
-        for slot, one in enumerate(all_):
-            table.put(sibling, slot, one)
+    entries = Entries(len(columns) + 2, len(ranks), DEVICE)
+    table = Table(entries, 1, columns)
+    for slot in range(len(ranks)):
+        entries.put(slot, {1 + sibling: own[slot] for sibling, own in enumerate(terms)})
     mixtures = [some_gates(rng, count, len(ranks)) for _ in range(2)]
     work = work_for(mixtures, tiles_of(ranks))
     addresses = [work.now.tokens_N.data_ptr(), work.now.units_U3.data_ptr(), work.now.gates_NS.data_ptr()]
@@ -122,13 +131,14 @@ def test_the_kernels_equal_the_primitive(seed: int, count: int, ranks: list[int]
     """The one that serves everywhere else, adapter by adapter."""
     rng = torch.Generator().manual_seed(seed)
     values = [
-        (slot, LowRank(torch.randn(rank, 12, generator=rng), torch.randn(9, rank, generator=rng)))
+        (slot, LowRank(torch.randn(rank, 12, generator=rng), torch.randn(9, rank, generator=rng), 1.5 - slot))
         for slot, rank in enumerate(ranks)
     ]
-    table = Table(len(ranks), ((0, 9),), DEVICE)
-    kept = [Terms(value.A_RI.to(DEVICE), value.B_OR.t().contiguous().to(DEVICE)) for _, value in values]
-    for slot, terms in enumerate(kept):
-        table.put(0, slot, terms)
+    kept = [
+        Terms(value.A_RI.to(DEVICE), value.B_OR.t().contiguous().to(DEVICE), scaling=value.scaling)
+        for _, value in values
+    ]
+    table = table_of(kept, 9)
     x, y, gates = (
         torch.randn(count, 12, generator=rng),
         torch.randn(count, 9, generator=rng),
@@ -149,9 +159,7 @@ def test_a_token_is_its_own_to_the_bit(seed: int, count: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     huge = Terms(torch.full((2, 20), 3e38, device=DEVICE), torch.full((2, 6), 3e38, device=DEVICE))
     calm = some_terms(rng, 6, 20, 6, torch.float32)
-    table = Table(2, ((0, 6),), DEVICE)
-    table.put(0, 0, huge)
-    table.put(0, 1, calm)
+    table = table_of([huge, calm], 6)
     x, y = (torch.randn(count, size, generator=rng).to(DEVICE) for size in (20, 6))
     gates = torch.zeros(count, 2)
     gates[1:, 0], gates[0, 1] = 1, 0.5
@@ -172,9 +180,10 @@ def test_a_token_is_its_own_to_the_bit(seed: int, count: int) -> None:
 
 def test_a_cleared_slot_is_as_if_it_had_never_been_filled() -> None:
     rng = torch.Generator().manual_seed(0)
-    table = Table(1, ((0, 6),), DEVICE)
-    table.put(0, 0, some_terms(rng, 6, 20, 6, torch.float32))
-    table.clear(0)
+    entries = Entries(1, 1, DEVICE)
+    entries.put(0, {0: some_terms(rng, 6, 20, 6, torch.float32)})
+    entries.clear(0)
+    table = Table(entries, 0, ((0, 6),))
     work = Work(tokens=3, slots=1, units=4, rows=16, device=DEVICE)
     assert work.fill(torch.ones(3, 1), tiles_of([6]))
     x, y = (torch.randn(3, size, generator=rng).to(DEVICE) for size in (20, 6))

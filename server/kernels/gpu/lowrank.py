@@ -1,4 +1,4 @@
-"""The gathered low-rank product, in place: y = y * (1 + sum_k g_k (s_k - 1)) + sum_k g_k (B_k A_k x + b_k).
+"""The gathered low-rank product, in place: y = y * (1 + sum_k g_k e_k) + sum_k g_k (a_k B_k A_k x + b_k).
 
 T tokens of the step, I in, O out, R rank of one adapter, S slots, H siblings (Linears that read the same x, whose
 outputs are columns of the same y), G groups, U units of the work list (`server.kernels.gpu.work`), C parts into which
@@ -18,6 +18,7 @@ Source: shrink and expand: Chen et al. 2023 (arXiv:2310.18547).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,42 +39,62 @@ _ALIGNMENT = tl.constexpr(ALIGNMENT)
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What one adapter does at one Linear, features last and contiguous."""
+    """What one adapter does at one Linear, features last and contiguous; `scaling` is of B A alone."""
 
     A_RI: Tensor | None = None
     B_RO: Tensor | None = None
     bias_O: Tensor | None = None
-    scale_O: Tensor | None = None
+    excess_O: Tensor | None = None  # a scale minus one
+    scaling: float = 1.0
+
+
+class Entries:
+    """Where the adapters' tensors are, for H Linears in S slots. An address of zero is nothing.
+
+    A slot is written between steps, all its Linears at once; a graph reads it when it runs. Whoever frees a tensor
+    clears its slot first.
+    """
+
+    def __init__(self, linears: int, slots: int, device: torch.device) -> None:
+        self.addresses_4SH = torch.zeros(4, slots, linears, dtype=torch.int64, device=device)
+        self.ranks_SH = torch.zeros(slots, linears, dtype=torch.int32, device=device)
+        self.scalings_SH = torch.zeros(slots, linears, device=device)
+
+    def put(self, slot: int, terms: Mapping[int, Terms]) -> None:
+        """What stands in the slot from now on, by the Linear's number; whoever calls keeps the tensors alive."""
+        addresses_4H = torch.zeros(4, self.ranks_SH.shape[1], dtype=torch.int64)
+        ranks_H = torch.zeros(self.ranks_SH.shape[1], dtype=torch.int32)
+        scalings_H = torch.zeros(self.ranks_SH.shape[1])
+        for linear, own in terms.items():
+            tensors = (own.A_RI, own.B_RO, own.bias_O, own.excess_O)
+            for tensor in tensors:
+                assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0), "misaligned"
+            addresses_4H[:, linear] = torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+            ranks_H[linear] = 0 if own.A_RI is None else own.A_RI.shape[0]
+            scalings_H[linear] = own.scaling
+        self.addresses_4SH[:, slot] = addresses_4H.to(self.addresses_4SH.device)
+        self.ranks_SH[slot] = ranks_H.to(self.ranks_SH.device)
+        self.scalings_SH[slot] = scalings_H.to(self.scalings_SH.device)
+
+    def clear(self, slot: int) -> None:
+        self.addresses_4SH[:, slot] = 0
+        self.ranks_SH[slot] = 0
 
 
 class Table:
-    """Where the adapters' tensors are, for the H siblings of one x. An address of zero is nothing.
+    """The entries of siblings: Linears that follow each other there, read one x and write columns of one y."""
 
-    Rows are written between steps; a graph reads them when it runs. Whoever frees a tensor clears its slot first.
-    """
-
-    def __init__(self, slots: int, columns: tuple[tuple[int, int], ...], device: torch.device) -> None:
-        """`columns` has (first, width) in y of every sibling."""
+    def __init__(self, entries: Entries, first: int, columns: Sequence[tuple[int, int]]) -> None:
+        """`first` is the first Linear's number; `columns` has (first, width) in y of every sibling."""
+        device = entries.ranks_SH.device
         self.siblings = len(columns)
-        self.slots = slots
         self.widest = max(width for _, width in columns)
         self.multiple = math.gcd(ALIGNMENT, *(number for pair in columns for number in pair))
         self.columns_H2 = torch.tensor(columns, dtype=torch.int32, device=device)
-        self.addresses_4HS = torch.zeros(4, len(columns), slots, dtype=torch.int64, device=device)
-        self.ranks_HS = torch.zeros(len(columns), slots, dtype=torch.int32, device=device)
-
-    def put(self, sibling: int, slot: int, terms: Terms) -> None:
-        """The slot's tensors from now on; whoever calls keeps them alive."""
-        tensors = (terms.A_RI, terms.B_RO, terms.bias_O, terms.scale_O)
-        for tensor in tensors:
-            assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0), "misaligned"
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        self.addresses_4HS[:, sibling, slot] = torch.tensor(addresses, device=self.addresses_4HS.device)
-        self.ranks_HS[sibling, slot] = 0 if terms.A_RI is None else terms.A_RI.shape[0]
-
-    def clear(self, slot: int) -> None:
-        self.addresses_4HS[:, :, slot] = 0
-        self.ranks_HS[:, slot] = 0
+        self.slots, self.linears = entries.ranks_SH.shape  # rows of an entry, and from one row to the next
+        own = slice(first, first + len(columns))
+        self.a_SH, self.b_SH, self.bias_SH, self.excess_SH = entries.addresses_4SH[..., own]
+        self.ranks_SH, self.scalings_SH = entries.ranks_SH[:, own], entries.scalings_SH[:, own]
 
 
 def parts(features: int) -> int:
@@ -88,19 +109,18 @@ def apply_gathered(y_TO: Tensor, x_TI: Tensor, work: Work, table: Table) -> Tens
     cuts = parts(features)
     shape = (table.siblings, cuts, work.units, work.rows, TILE)
     middle = torch.empty(shape, dtype=torch.float32, device=x_TI.device)
-    a_HS, b_HS, bias_HS, scale_HS = table.addresses_4HS
     operand = operand_of(x_TI.dtype)
     _shrink[(work.units, cuts, table.siblings)](
         x_TI,
         now.tokens_N,
         now.groups_N4,
         now.units_U3,
-        a_HS,
-        table.ranks_HS,
+        table.a_SH,
+        table.ranks_SH,
         middle,
         x_TI.stride(0),
         features,
-        table.slots,
+        table.linears,
         work.units,
         ROWS=work.rows,
         TILE=TILE,
@@ -114,14 +134,16 @@ def apply_gathered(y_TO: Tensor, x_TI: Tensor, work: Work, table: Table) -> Tens
         now.groups_N4,
         now.units_U3,
         now.gates_NS,
-        b_HS,
-        bias_HS,
-        scale_HS,
-        table.ranks_HS,
+        table.b_SH,
+        table.bias_SH,
+        table.excess_SH,
+        table.ranks_SH,
+        table.scalings_SH,
         table.columns_H2,
         middle,
         y_TO.stride(0),
         table.slots,
+        table.linears,
         work.units,
         ROWS=work.rows,
         TILE=TILE,
@@ -134,7 +156,11 @@ def apply_gathered(y_TO: Tensor, x_TI: Tensor, work: Work, table: Table) -> Tens
 
 
 def apply_gathered_loop(
-    y_TO: Tensor, x_TI: Tensor, gates_TS: Tensor, columns: tuple[tuple[int, int], ...], terms_HS: list[list[Terms]]
+    y_TO: Tensor,
+    x_TI: Tensor,
+    gates_TS: Tensor,
+    columns: Sequence[tuple[int, int]],
+    terms_HS: Sequence[Sequence[Terms]],
 ) -> Tensor:
     """The same, token by token, sibling by sibling and slot by slot: what tests compare `apply_gathered` with."""
     y_TO = y_TO.clone()
@@ -146,11 +172,11 @@ def apply_gathered_loop(
                 if gate == 0:
                     continue
                 if terms.A_RI is not None and terms.B_RO is not None:
-                    added += gate * (terms.A_RI.float() @ x_TI[token].float()) @ terms.B_RO.float()
+                    added += gate * terms.scaling * (terms.A_RI.float() @ x_TI[token].float()) @ terms.B_RO.float()
                 if terms.bias_O is not None:
                     added += gate * terms.bias_O.float()
-                if terms.scale_O is not None:
-                    factor += gate * (terms.scale_O.float() - 1)
+                if terms.excess_O is not None:
+                    factor += gate * terms.excess_O.float()
             y_TO[token, first : first + width] = (own.float() * factor + added).to(y_TO.dtype)
     return y_TO
 
@@ -166,7 +192,7 @@ def _shrink(
     middle_ptr,
     x_stride,
     features,
-    slots,
+    linears,
     units,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -179,7 +205,7 @@ def _shrink(
     slot = tl.load(units_ptr + unit * 3 + 1)
     if slot == _NO_SLOT:
         return
-    rank = tl.load(ranks_ptr + sibling * slots + slot)
+    rank = tl.load(ranks_ptr + slot * linears + sibling)
     rank_of = tl.load(units_ptr + unit * 3 + 2) * TILE + tl.arange(0, TILE)
     if tl.load(units_ptr + unit * 3 + 2) * TILE >= rank:
         return
@@ -187,7 +213,7 @@ def _shrink(
     row = tl.arange(0, ROWS)
     live = row < tl.load(groups_ptr + group * 4 + 1)
     token = tl.load(tokens_ptr + tl.load(groups_ptr + group * 4) + row, mask=live, other=0)
-    a = tl.load(a_ptr + sibling * slots + slot).to(tl.pointer_type(x_ptr.dtype.element_ty))
+    a = tl.load(a_ptr + slot * linears + sibling).to(tl.pointer_type(x_ptr.dtype.element_ty))
     a = tl.multiple_of(a, _ALIGNMENT)
     total = tl.zeros([ROWS, TILE], dtype=tl.float32)
     for start in range(part * BLOCK, features, PARTS * BLOCK):
@@ -215,12 +241,14 @@ def _expand(
     gates_ptr,
     b_ptr,
     bias_ptr,
-    scale_ptr,
+    excess_ptr,
     ranks_ptr,
+    scalings_ptr,
     columns_ptr,
     middle_ptr,
     y_stride,
     slots,
+    linears,
     units,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -249,7 +277,7 @@ def _expand(
     for unit in range(tl.load(groups_ptr + group * 4 + 2), tl.load(groups_ptr + group * 4 + 3)):
         slot = tl.load(units_ptr + unit * 3 + 1)
         tile = tl.load(units_ptr + unit * 3 + 2)
-        entry = sibling * slots + slot
+        entry = slot * linears + sibling
         gate = tl.load(gates_ptr + token * slots + slot, mask=live, other=0.0)
         carries = gate != 0
         rank = tl.load(ranks_ptr + entry)
@@ -259,7 +287,7 @@ def _expand(
                 base = middle_ptr + ((sibling * PARTS + part) * units + unit) * ROWS * TILE
                 middle += tl.load(base + row[:, None] * TILE + within[None, :])
             # Not a bare product: 0 * inf.
-            middle = tl.where(carries[:, None], middle * gate[:, None], 0.0)
+            middle = tl.where(carries[:, None], middle * (gate * tl.load(scalings_ptr + entry))[:, None], 0.0)
             b = tl.load(b_ptr + entry).to(tl.pointer_type(element))
             b = tl.multiple_of(b, _ALIGNMENT)
             rank_of = tile * TILE + within
@@ -276,10 +304,10 @@ def _expand(
                 bias = tl.load(bias_address.to(tl.pointer_type(element)) + feature, mask=inside, other=0.0)
                 added += tl.where(carries[:, None], gate[:, None] * bias.to(tl.float32)[None, :], 0.0)
                 touched = touched | carries
-            scale_address = tl.load(scale_ptr + entry)
-            if scale_address != 0:
-                scale = tl.load(scale_address.to(tl.pointer_type(element)) + feature, mask=inside, other=1.0)
-                factor += tl.where(carries[:, None], gate[:, None] * (scale.to(tl.float32) - 1)[None, :], 0.0)
+            excess_address = tl.load(excess_ptr + entry)
+            if excess_address != 0:
+                excess = tl.load(excess_address.to(tl.pointer_type(element)) + feature, mask=inside, other=0.0)
+                factor += tl.where(carries[:, None], gate[:, None] * excess.to(tl.float32)[None, :], 0.0)
                 touched = touched | carries
     place = y_ptr + token[:, None] * y_stride + first + feature[None, :]
     mask = (live & touched)[:, None] & inside[None, :]

@@ -31,8 +31,8 @@ BUILDS: tuple[tuple[Any, str, int, dict[str, Any]], ...] = (
 )
 TYPES = {
     **dict.fromkeys(("tokens_ptr", "groups_ptr", "units_ptr", "ranks_ptr", "columns_ptr"), "*i32"),
-    **dict.fromkeys(("a_ptr", "b_ptr", "bias_ptr", "scale_ptr"), "*i64"),
-    **dict.fromkeys(("gates_ptr", "middle_ptr", "sums_ptr", "scores_ptr"), "*fp32"),
+    **dict.fromkeys(("a_ptr", "b_ptr", "bias_ptr", "excess_ptr"), "*i64"),
+    **dict.fromkeys(("gates_ptr", "scalings_ptr", "middle_ptr", "sums_ptr", "scores_ptr"), "*fp32"),
     **dict.fromkeys(("blocks_ptr", "lengths_ptr"), "*i64"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
 }
