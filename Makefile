@@ -8,7 +8,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench gpu install clean
 
 demo: $(STAMP)  ## train four adapters, push, serve, fuse, swap: the whole of it on the embedded base
 	@$(BIN)/hub demo $(DEMO)
@@ -24,6 +24,9 @@ lint: $(STAMP)  ## ruff, mypy --strict, and the storeys of the house
 
 bench: $(STAMP)  ## adapters against our own base and against PEFT, side by side in one run (minutes)
 	@$(BIN)/python -m benchmarks.serving $(BENCH)
+
+gpu: $(STAMP)  ## all that only a GPU can show: proofs, then figures (under ten minutes)
+	@$(BIN)/python -m benchmarks.gpu $(GPU)
 
 install: $(STAMP)
 

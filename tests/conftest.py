@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-if not Path("/proc/driver/nvidia/version").exists():
+GPU = Path("/proc/driver/nvidia/version").exists()
+if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 LONGEST = (
@@ -26,6 +27,9 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_rank)
+    for item in items:
+        if item.get_closest_marker("gpu") and not GPU:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA driver on this machine"))
 
 
 def _rank(item: pytest.Item) -> tuple[int, int]:

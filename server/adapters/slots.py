@@ -3,8 +3,8 @@
 An adapter is laid out once in pinned memory, factors with their features last, in the activations' dtype. To join, it
 is copied in one piece on a stream of its own, while the step before still computes; the next step waits for the copy on
 the device, and nobody waits on the host. It leaves when another needs its slot, the least recently used first.
-Only low-rank terms, biases and output scales of Linears have a place here, which is what most kinds are lowered to; a step
-with anything else is computed without a graph. Virtual tokens are rows of the cache and need none.
+Only low-rank terms, biases and output scales of Linears have a place here, which is what most kinds are lowered to; a
+step with anything else is computed without a graph. Virtual tokens are rows of the cache and need none.
 Law: a slot that was cleared is as if it had never been filled.
 """
 

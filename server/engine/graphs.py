@@ -1,13 +1,13 @@
 """Decode steps as CUDA graphs: one graph for each size of batch, whatever mixture of adapters it carries.
 
-B sequences of a step, S slots, V vocabulary. A graph is launched at once where the same step takes hundreds of launches,
-which on a GPU take longer than the products of few tokens. What changes from step to step is data in buffers of fixed
-addresses: ids, positions, cache rows, block tables, lengths, gates, the work list (`server.kernels.gpu.work`), and the
-addresses of the adapters (`server.adapters.slots`).
+B sequences of a step, S slots, V vocabulary. A graph is launched at once where the same step takes hundreds of
+launches, which on a GPU take longer than the products of few tokens. What changes from step to step is data in buffers
+of fixed addresses: ids, positions, cache rows, block tables, lengths, gates, the work list (`server.kernels.gpu.work`),
+and the addresses of the adapters (`server.adapters.slots`).
 A step of fewer sequences than the graph has repeats its first one, which writes the same values to the same place.
-Everything else is computed without a graph: prompt chunks, routed requests, adapters that have no place in a slot, more
-sequences or blocks than were captured, and what could not be captured. On a CPU there are no graphs, and the same
-buffers are computed with: that is how tests see them.
+Everything else is computed without a graph: prompt chunks, routed requests, more sequences or blocks than were
+captured, what could not be captured; and over the same buffers, but with the packed operands, adapters that have no
+place in a slot. On a CPU there are no graphs, and the same buffers are computed with: that is how tests see them.
 Law: the logits of a step are those of `Network.forward`.
 """
 
@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ WARM_UP = 2  # runs before a capture, in which kernels are compiled and librarie
 
 @dataclass(frozen=True, slots=True)
 class GraphConfig:
-    """`blocks`: the widest block table, so the longest context; `tiles` of 16 ranks that a token may carry on average."""
+    """`blocks` of the widest table, so the longest context; `tiles` of 16 ranks that a token may carry on average."""
 
     blocks: int
     slots: int = 64
@@ -80,21 +81,24 @@ class GraphRunner:
         `grafts` are those at work in the batch; `columns` has the place of each in the batch's gates, by its key.
         """
         size = self._size_for(batch)
-        slots = None if size is None else self.slots.activate(grafts)
-        if size is None or slots is None:
+        if size is None:
             return self._network.forward(batch)
         step, replay = self._captured[size]
+        step.fill(batch)
+        slots = self.slots.activate(grafts)
+        if slots is None or not self._fill_work(step.work, batch, slots, columns):
+            return step.compute_packed(batch)[: len(batch.ids_T)]
+        self.replays += 1
+        return replay()[: len(batch.ids_T)]
+
+    def _fill_work(self, work: Work, batch: Batch, slots: Mapping[str, int], columns: Mapping[str, int]) -> bool:
         sequences = len(batch.ids_T)
-        gates_BS = torch.zeros(size, self.slots.size)
+        gates_BS = torch.zeros(len(work.now.gates_NS), self.slots.size)
         if batch.gates is not None:
             for key, slot in slots.items():
                 gates_BS[:sequences, slot] = batch.gates.host_TK[:, columns[key]].float()
         gates_BS[sequences:] = gates_BS[0]
-        if not step.work.fill(gates_BS, self.slots.tiles_S):
-            return self._network.forward(batch)
-        step.fill(batch)
-        self.replays += 1
-        return replay()[:sequences]
+        return work.fill(gates_BS, self.slots.tiles_S)
 
     def _size_for(self, batch: Batch) -> int | None:
         """The smallest graph that the step fits; None: it fits none."""
@@ -134,14 +138,25 @@ class _StaticStep:
             own[len(given) :] = given[:1]
 
     def compute(self) -> Tensor:
-        """Logits (size, V)."""
-        plan = AttentionPlan(self._cache, self._rows_B, self._lengths_B, self._blocks_BN, [])
-        batch = Batch(self._ids_B, self._positions_B, plan, self._wanted_B, None, {})
+        """Logits (size, V), adapters from their slots."""
         with self._armed.with_work(self.work):
-            return self._network.forward(batch)
+            return self._network.forward(self._batch())
+
+    def compute_packed(self, given: Batch) -> Tensor:
+        """Logits (size, V), adapters from the given batch: the same shapes, so that the base has the same bits."""
+        if given.gates is None:
+            return self._network.forward(self._batch())
+        count = len(given.ids_T)
+        rows = [row if row < count else 0 for row in range(len(self._ids_B))]
+        gates = given.gates.at(torch.tensor(rows, device=self._ids_B.device), rows)
+        return self._network.forward(replace(self._batch(), gates=gates, wanted_gates=gates, operands=given.operands))
+
+    def _batch(self) -> Batch:
+        plan = AttentionPlan(self._cache, self._rows_B, self._lengths_B, self._blocks_BN, [])
+        return Batch(self._ids_B, self._positions_B, plan, self._wanted_B, None, {})
 
 
-def _capture(step: _StaticStep, pool: tuple[int, int]) -> Callable[[], Tensor]:
+def _capture(step: _StaticStep, pool: Any) -> Callable[[], Tensor]:
     beside = torch.cuda.Stream()
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):

@@ -69,7 +69,7 @@ def decoded(network: Network, runner: GraphRunner, cache: KvCache, mixtures: Seq
 
 
 def test_a_step_of_slots_has_the_logits_of_the_plain_one(lab: tuple[Bench, Callable[[str], Graft]]) -> None:
-    """Mixed ranks, scales, biases, the head, a fusion and the base in one batch; then others, which take their slots."""
+    """Mixed ranks, scales, biases, the head, a fusion and the base in one batch; then others, that take their slots."""
     network, graft = lab[0].network, lab[1]
     cache = network.new_cache(64, BLOCK)
     runner = GraphRunner(network, cache, GraphConfig(blocks=8, slots=5, sizes=(2, 6), tiles=2))
