@@ -8,9 +8,9 @@ Figures, on a base of random weights (hidden 2048, 16 layers, 32 query and 8 KV 
   * the same step with 1, 16, 64 and 256 distinct adapters, ranks 8, 16, 64 and mixed, from a graph and without;
   * what it costs that an adapter joins; paged attention against torch's `varlen_attn` and against gathering the cache;
   * requests in process, 16 at a time: ours, PEFT's mixed batch, transformers' continuous batching.
-A part that fails is a line in the result with its error, and the others go on; what the time does not allow is left out by
-name. Without a CUDA device it says so and exits with 2. `--rehearse 1` goes through all parts at toy size on a CPU, under
-TRITON_INTERPRET=1, to find errors of this file; its times mean nothing, and it writes them to the room that is thrown away.
+A part that fails is a line in the result with its error, and the others go on; what the time does not allow is left out
+by name. Without a CUDA device it says so and exits with 2. `--rehearse 1` goes through all parts at toy size on a CPU,
+under TRITON_INTERPRET=1, to find errors of this file: give it an --out of its own, its times mean nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from server.config import ModelConfig
 from server.engine.loop import ProbeLease, course_of
 from server.engine.pack import pack_step
 from server.model.attention import AttentionPlan
-from server.model.kv import KvCache
+from server.model.kv import KvCache, block_bytes
 from server.model.load import load_network
 from server.model.network import Batch, Network
 from server.policy.blocks import BlockPool
@@ -50,6 +50,7 @@ from server.primitives.site import SiteValue
 PROOFS = (
     "tests/laws/test_gathered_laws.py",
     "tests/laws/test_paged_attention_laws.py",
+    "tests/oracle/test_graph_steps.py",
     "tests/oracle/test_on_a_gpu.py",
 )
 PROOF_SECONDS = 240
@@ -164,7 +165,7 @@ class Bench:
             decode_blocks_BN=blocks,
             spans=[],
         )
-        bank, grafts = Bank(), [graft for mixture in mixtures for graft, _ in mixture]
+        bank, grafts = Bank(self.network.facts.dtype), [graft for mixture in mixtures for graft, _ in mixture]
         columns = bank.activate(grafts)
         rows = [(1, [(columns[graft.key], weight) for graft, weight in mixture]) for mixture in mixtures]
         gates = gates_from_rows(rows, bank.size, self.cache.keys[0]) if columns else None
@@ -408,7 +409,8 @@ def _served(bench: Bench, prompts: Sequence[list[int]], mixtures: Sequence[list[
     scheduler = Scheduler(
         BlockPool(bench.cache.blocks), block_size=BLOCK, max_batch_tokens=2048, max_running=len(prompts)
     )
-    bank, leases = Bank(), [ProbeLease(combined(mixture)) for mixture in mixtures]
+    bank = Bank(bench.network.facts.dtype)
+    leases = [ProbeLease(combined(mixture)) for mixture in mixtures]
     for index, (ids, lease) in enumerate(zip(prompts, leases, strict=True)):
         course = course_of(lease, ids)
         scheduler.add(Scheduled(index, list(ids), len(ids), bench.size.new, course, 0, reuse=False))
@@ -504,10 +506,9 @@ def _weight_bytes(bench: Bench) -> int:
 
 
 def _kv_bytes(bench: Bench) -> int:
+    """Of one sequence."""
     facts = bench.network.facts
-    return (
-        sum(2 * layer.kv_heads * layer.head_dim for layer in facts.layers) * bench.size.context * facts.dtype.itemsize
-    )
+    return bench.size.context * block_bytes(facts.layers, 1, facts.dtype)
 
 
 def _bandwidth(bench: Bench) -> float:

@@ -1,6 +1,7 @@
 """The bank: which grafts the step in hand uses, laid side by side for the Sites.
 
-Packing copies the grafts' tensors once, when the set of active grafts changes, and not in every step. A graft that no
+Where the kernels of `server.kernels.gathered` run, low-rank terms at Linears stay where they are. What else there is is
+packed: its tensors are copied once, when the set of active grafts changes, and not in every step. A graft that no
 sequence uses any more stays packed until it would double the work, since its gates are zero and it may come back.
 Law: a graft that was dropped leaves no trace: the operands equal those of a bank that never held it.
 """
@@ -8,21 +9,39 @@ Law: a graft that was dropped leaves no trace: the operands equal those of a ban
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
 from server.adapters.expert_bank import ExpertBank
+from server.kernels.gathered import Gathered, Row, Term, tabulate
 from server.primitives.graft import Graft
 from server.primitives.site import SiteOperand, SiteValue, pack_site
 
 
-class Bank:
-    """`dtype` is the activations'; None: that of the grafts."""
+class _Split(NamedTuple):
+    """A graft's low-rank terms by group, and everything else."""
 
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
+    row: Row | None
+    rest: Mapping[str, SiteValue]
+
+
+class Bank:
+    def __init__(self, dtype: torch.dtype | None = None, groups: Sequence[Sequence[str]] = ()) -> None:
+        """`dtype` is that of the activations; None: the grafts have it.
+
+        `groups` are the names of Linears whose low-rank terms stay where they are, those that read the same input
+        together; none where the kernels do not run (`server.kernels.native.serves`).
+        """
         self._dtype = dtype
         self._grafts: dict[str, Graft] = {}
+        self._splits: WeakKeyDictionary[Graft, _Split] = WeakKeyDictionary()
+        self._groups = groups
+        self._place = {name: (index, place) for index, group in enumerate(groups) for place, name in enumerate(group)}
         self.operands: Mapping[str, SiteOperand] = {}
+        self.gathered: Gathered | None = None
         self.experts = ExpertBank(dtype)
 
     @property
@@ -31,17 +50,39 @@ class Bank:
         return len(self._grafts)
 
     def activate(self, grafts: Sequence[Graft]) -> Mapping[str, int]:
-        """Make every given graft part of `operands`; returns the column of each, by its key."""
+        """Make every given graft part of what is packed; returns the column of each, by its key."""
         wanted = {graft.key: graft for graft in grafts if graft.sites}
         if not wanted.keys() <= self._grafts.keys() or len(self._grafts) > 2 * len(wanted):
             self._grafts = wanted
-            self.operands = _pack(list(wanted.values()), self._dtype)
+            splits = [self._split(graft) for graft in wanted.values()]
+            self.operands = _pack([split.rest for split in splits], self._dtype)
+            rows = [split.row for split in splits]
+            self.gathered = Gathered(rows) if any(row is not None for row in rows) else None
         return {key: column for column, key in enumerate(self._grafts)}
 
+    def _split(self, graft: Graft) -> _Split:
+        found = self._splits.get(graft)
+        if found is None:
+            found = self._splits[graft] = self._make_split(graft)
+        return found
 
-def _pack(grafts: Sequence[Graft], dtype: torch.dtype | None) -> dict[str, SiteOperand]:
-    by_site: dict[str, list[tuple[int, SiteValue]]] = {}
-    for column, graft in enumerate(grafts):
+    def _make_split(self, graft: Graft) -> _Split:
+        terms: list[list[Term]] = [[] for _ in self._groups]
+        rest = {}
         for name, value in graft.sites.items():
+            if name in self._place and value.lowrank is not None:
+                group, member = self._place[name]
+                low = value.lowrank
+                terms[group].append(Term(low.A_RI.contiguous(), low.B_OR.t().contiguous(), low.scaling, member))
+                value = replace(value, lowrank=None)
+            if any(getattr(value, part.name) is not None for part in fields(value)):
+                rest[name] = value
+        return _Split(tabulate(terms) if any(terms) else None, rest)
+
+
+def _pack(sites: Sequence[Mapping[str, SiteValue]], dtype: torch.dtype | None) -> dict[str, SiteOperand]:
+    by_site: dict[str, list[tuple[int, SiteValue]]] = {}
+    for column, own in enumerate(sites):
+        for name, value in own.items():
             by_site.setdefault(name, []).append((column, value))
     return {name: pack_site(values, dtype) for name, values in by_site.items()}

@@ -10,7 +10,7 @@ Law: a slot that was cleared is as if it had never been filled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from weakref import WeakKeyDictionary
 
@@ -62,14 +62,21 @@ class Staged:
 
 
 class Slots:
-    def __init__(self, widths: Mapping[str, int], *, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        """`widths` has the outputs of every Linear that adapters may change."""
-        self._numbers = {name: number for number, name in enumerate(widths)}
+    def __init__(
+        self,
+        groups: Sequence[Mapping[str, tuple[int, int]]],
+        *,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`groups` of Linears that read the same input: (first, width) of each one's columns in their common output."""
+        self._numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
         self._dtype, self._device = dtype, device
-        self._entries = Entries(len(widths), slots, device)
-        self.tables = {
-            name: Table(self._entries, number, ((0, widths[name]),)) for name, number in self._numbers.items()
-        }
+        self._entries = Entries(len(self._numbers), slots, device)
+        self.tables = [
+            Table(self._entries, self._numbers[next(iter(group))], tuple(group.values())) for group in groups
+        ]
         self.tiles_S = torch.ones(slots, dtype=torch.long)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged: WeakKeyDictionary[Graft, Staged] = WeakKeyDictionary()
@@ -85,7 +92,7 @@ class Slots:
         Call it on the stream that computes: it will wait for what is being copied.
         """
         wanted = {graft.key: graft for graft in grafts if graft.sites}
-        if len(wanted) > self.size or not all(map(self.holds, wanted.values())):
+        if len(wanted) > self.size or not all(has_place(graft, self._numbers) for graft in wanted.values()):
             return None
         for key in wanted.keys() & self._resident.keys():
             self._resident[key] = self._resident.pop(key)
@@ -95,14 +102,6 @@ class Slots:
         if joining and self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return {key: self._resident[key][0] for key in wanted}
-
-    def holds(self, graft: Graft) -> bool:
-        """Whether all that it does has a place here."""
-        return all(
-            name in self._numbers
-            and all(part.name in HELD or getattr(value, part.name) is None for part in fields(SiteValue))
-            for name, value in graft.sites.items()
-        )
 
     def stage(self, graft: Graft) -> Staged:
         """Lay it out in the host's memory; whoever loads adapters beside the loop may do so ahead of the first step."""
@@ -132,6 +131,15 @@ class Slots:
         # Memory of one stream that another reads: freed while a step still runs, it must not be given away before.
         copy.record_stream(torch.cuda.current_stream(self._device))
         return copy
+
+
+def has_place(graft: Graft, linears: Container[str]) -> bool:
+    """Whether all that it does is done at these Linears, and has a place in a slot."""
+    return all(
+        name in linears
+        and all(part.name in HELD or getattr(value, part.name) is None for part in fields(SiteValue))
+        for name, value in graft.sites.items()
+    )
 
 
 def _parts(value: SiteValue) -> Terms:

@@ -26,7 +26,7 @@ from server.kernels.gpu.work import TILE, Work
 from server.model.attention import AttentionPlan
 from server.model.kv import KvCache
 from server.model.network import Batch, Network
-from server.model.slotted import Armed, slot_linears
+from server.model.slotted import Armed, slot_joints
 from server.primitives.graft import Graft
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,10 @@ class GraphRunner:
     def __init__(self, network: Network, cache: KvCache, config: GraphConfig) -> None:
         self._network, self._cache, self._config = network, cache, config
         facts = network.facts
-        widths = {linear.name: facts.sites[linear.name].out_features for linear in network.linears()}
-        self.slots = Slots(widths, slots=config.slots, dtype=facts.dtype, device=facts.device)
-        self._armed = slot_linears(network, self.slots.tables)
+        joints = network.joints()
+        groups = [{one.name: (one.first, one.end - one.first) for one in joint.members} for joint in joints]
+        self.slots = Slots(groups, slots=config.slots, dtype=facts.dtype, device=facts.device)
+        self._armed = slot_joints(joints, self.slots.tables)
         self._captured: dict[int, tuple[_StaticStep, Callable[[], Tensor]]] = {}
         self._pool = torch.cuda.graph_pool_handle() if facts.device.type == "cuda" else None
         self.replays = 0  # steps that were served by a graph
@@ -149,7 +150,8 @@ class _StaticStep:
         count = len(given.ids_T)
         rows = [row if row < count else 0 for row in range(len(self._ids_B))]
         gates = given.gates.at(torch.tensor(rows, device=self._ids_B.device), rows)
-        return self._network.forward(replace(self._batch(), gates=gates, wanted_gates=gates, operands=given.operands))
+        packed = replace(self._batch(), operands=given.operands, gathered=given.gathered)
+        return self._network.forward(replace(packed, gates=gates, wanted_gates=gates))
 
     def _batch(self) -> Batch:
         plan = AttentionPlan(self._cache, self._rows_B, self._lengths_B, self._blocks_BN, [])

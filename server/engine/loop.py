@@ -27,6 +27,7 @@ from server.engine.pack import Packed, block_rows, pack_step
 from server.engine.pack_routes import read_shares
 from server.engine.sample import Draw, draw_tokens, score
 from server.errors import AdapterUnavailable, EngineFailed, InvalidValue, PromptTooLong, QueueFull, StartupRefused
+from server.kernels import native
 from server.model.kv import block_bytes
 from server.model.network import Network
 from server.policy.blocks import BlockPool
@@ -122,7 +123,7 @@ class EngineLoop:
         self.max_model_len = min(facts.context, config.max_model_len or facts.context)
         blocks = _block_count(network, config, self.max_model_len)
         self._cache = network.new_cache(blocks, config.block_size)
-        self._bank = Bank(facts.dtype)
+        self._bank = Bank(facts.dtype, facts.groups if native.serves(facts.device, facts.dtype) else ())
         self._pool = BlockPool(blocks)
         self._scheduler = Scheduler(
             self._pool,

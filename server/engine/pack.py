@@ -91,6 +91,7 @@ def pack_step(
         wanted_R=wanted_R,
         gates=gates,
         operands=bank.operands if columns else {},
+        gathered=bank.gathered if columns else None,
         wanted_gates=None if gates is None else gates.at(wanted_R, wanted),
         routes=routed.routes if routed else None,
     )

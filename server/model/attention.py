@@ -2,8 +2,9 @@
 
 T packed tokens, H query heads, KH KV heads, G = H / KH query heads of one KV head, D head dimension, B decoding
 sequences, n tokens of one prompt chunk, L cached positions.
-Tokens are packed decodes first, then prompt chunks. Decodes are one padded product per KV head (query heads of a group
-ride along as rows, so keys are never repeated); each prompt chunk is attended on its own.
+Tokens are packed decodes first, then prompt chunks. Decodes read the cache in place where the native kernel runs, and
+are one padded product per KV head elsewhere (query heads of a group ride along as rows, so keys are never repeated);
+each prompt chunk is attended on its own.
 A layer may have sinks: a learned score per query head that takes its share of the softmax and brings no value.
 Law: a token sees its own sequence's positions up to its own, and within the layer's window, and nothing else.
 Source: Ainslie et al. 2023 (arXiv:2305.13245); Kwon et al. 2023 (arXiv:2309.06180); sinks: transformers 5.23,
@@ -12,7 +13,7 @@ models/gpt_oss/modeling_gpt_oss.py `eager_attention_forward`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from server.kernels import native
 from server.model.kv import KvCache
 from server.primitives.prefix import LayerShape
 
@@ -126,8 +128,8 @@ def attend(
     decodes = 0
     if graft_plan.decode_blocks_BN is not None:
         decodes = graft_plan.decode_blocks_BN.shape[0]
-        attend_decodes = _decode_paged if query.is_cuda else _decode_gathered
-        parts.append(attend_decodes(graft_plan, layer, query[0, :, :decodes], scale, sliding_window, softcap, s_aux))
+        decode = _decode_for(query, graft_plan.cache)
+        parts.append(decode(query[0, :, :decodes], graft_plan, layer, sliding_window, scale, softcap, s_aux))
     start = decodes
     for index, span in enumerate(graft_plan.spans):
         keys, values = graft_plan.cache.gather(layer, span.blocks_1N)
@@ -138,20 +140,27 @@ def attend(
     return torch.cat(parts)[None], None
 
 
-def _decode_paged(
+def _decode_for(query: Tensor, cache: KvCache) -> Callable[..., Tensor]:
+    if query.is_cuda:
+        return decode_paged
+    return decode_in_place if in_place(query, cache) else decode_gathered
+
+
+def decode_paged(
+    query_HBD: Tensor,
     plan: AttentionPlan,
     layer: int,
-    query_HBD: Tensor,
-    scale: float,
     window: int | None,
+    scale: float,
     softcap: float | None,
     sinks_H: Tensor | None,
 ) -> Tensor:
+    """By a GPU's kernel, from where the cache is."""
     # Only where there is a GPU: torch for CPUs comes without Triton.
-    from server.kernels.gpu.attention import decode_paged
+    from server.kernels.gpu import attention as on_gpu
 
     assert plan.decode_blocks_BN is not None and plan.decode_lengths_B is not None
-    return decode_paged(
+    return on_gpu.decode_paged(
         query_HBD,
         plan.cache.keys[layer],
         plan.cache.values[layer],
@@ -165,29 +174,50 @@ def _decode_paged(
     )
 
 
-def _decode_gathered(
+def in_place(query: Tensor, cache: KvCache) -> bool:
+    """Whether the native kernel can read the cache where it is."""
+    kept = cache.keys[0].dtype
+    return native.serves(query.device, query.dtype) and kept == query.dtype and query.shape[-1] % native.LANES == 0
+
+
+def decode_in_place(
+    query_HBD: Tensor,
     plan: AttentionPlan,
     layer: int,
-    query_HBD: Tensor,
-    scale: float,
     window: int | None,
-    softcap: float | None,
-    sinks_H: Tensor | None,
-) -> Tensor:
-    assert plan.decode_blocks_BN is not None
-    keys, values = plan.cache.gather(layer, plan.decode_blocks_BN)
-    return _decode(query_HBD, keys, values, plan.decode_mask(window), scale, softcap, sinks_H)
-
-
-def _decode(
-    query_HBD: Tensor,
-    keys_KBLD: Tensor,
-    values_KBLD: Tensor,
-    mask_B1L: Tensor,
     scale: float,
     softcap: float | None,
     sinks_H: Tensor | None,
 ) -> Tensor:
+    """What `decode_gathered` gives, without a copy of the keys and values."""
+    assert plan.decode_lengths_B is not None and plan.decode_blocks_BN is not None
+    return native.attend(
+        query_HBD,
+        plan.cache.keys[layer],
+        plan.cache.values[layer],
+        plan.decode_blocks_BN,
+        plan.decode_lengths_B,
+        block_size=plan.cache.block_size,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        sinks_H=sinks_H,
+    )
+
+
+def decode_gathered(
+    query_HBD: Tensor,
+    plan: AttentionPlan,
+    layer: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """The newest token of each sequence over its cached positions: (B, H, D)."""
+    assert plan.decode_blocks_BN is not None
+    keys_KBLD, values_KBLD = plan.cache.gather(layer, plan.decode_blocks_BN)
+    mask_B1L = plan.decode_mask(window)
     heads, sequences, dim = query_HBD.shape
     kv_heads = keys_KBLD.shape[0]
     query_KBGD = query_HBD.view(kv_heads, heads // kv_heads, sequences, dim).transpose(1, 2)

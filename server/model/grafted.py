@@ -8,24 +8,29 @@ The output head sees only the tokens whose logits are wanted, and so asks for th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from server.kernels.native import MEMBERS
+from server.kernels.products import Product, fastest
 from server.model.norms import Unit, embedding_factor, norm_shape, prove_norm
+from server.model.weights import Stock
 from server.primitives.gates import Gates
 from server.primitives.site import (
     Active,
     EmbeddingShape,
     NormShape,
+    SiteOperand,
     SiteShape,
+    after_product,
     apply_embedding,
     apply_norm,
-    apply_site,
+    before_product,
 )
 
 GatesOf = Callable[[Active], Gates | None]
@@ -38,6 +43,7 @@ class Sites:
     linears: Mapping[str, SiteShape]
     norms: Mapping[str, NormShape]
     embedding: EmbeddingShape | None
+    groups: tuple[tuple[str, ...], ...]  # of Linears that read the same input
 
 
 def gates_of_all(active: Active) -> Gates | None:
@@ -48,35 +54,104 @@ def gates_of_wanted(active: Active) -> Gates | None:
     return active.wanted_gates
 
 
-class GraftedLinear(nn.Module):
-    """A base Linear and its Site. x is (1, T, I) or (T, I): the packed tokens of the step, in order."""
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One Linear of a joint: its columns of the joint's product, and the base's own bias."""
 
-    def __init__(self, name: str, base: nn.Module, active: Active, gates_of: GatesOf) -> None:
+    name: str
+    first: int
+    end: int
+    bias_O: Tensor | None
+
+
+class Joint:
+    """Linears that read the same input, or one alone: one product of the base and one of the low-rank terms.
+
+    The first of them that is called computes all; the others find theirs. x is (1, T, I) or (T, I): the packed tokens
+    of the step, in order.
+    """
+
+    def __init__(
+        self, group: int, members: Sequence[Member], product: Product, active: Active, gates_of: GatesOf
+    ) -> None:
+        """`group` is the joint's number among the groups of `active.gathered`."""
+        self.members = members
+        self.product = product
+        self._group = group
+        self._active = active
+        self._gates_of = gates_of
+        self._widths = [member.end - member.first for member in members]
+        self._bias = _one_bias(members)
+        self._x: Tensor | None = None
+        self._ready: dict[int, Tensor] = {}
+
+    def output(self, place: int, x: Tensor) -> Tensor:
+        """y of the member at that place."""
+        y = self._ready.pop(place, None) if x is self._x else None
+        if y is None:
+            outputs = self._compute(x.reshape(-1, x.shape[-1]))
+            self._x = x
+            self._ready = {i: y_TO.view(*x.shape[:-1], y_TO.shape[1]) for i, y_TO in enumerate(outputs)}
+            y = self._ready.pop(place)
+        if not self._ready:
+            self._x = None
+        return y
+
+    def _compute(self, x_TI: Tensor) -> list[Tensor]:
+        gates = self._gates_of(self._active)
+        y_TO = self.product(x_TI)
+        outputs = list(y_TO.split(self._widths, 1))
+        if gates is not None:
+            self._add_adapters(x_TI, outputs, gates)
+        if self._bias is not None and all(y._base is y_TO for y in outputs):
+            y_TO += self._bias
+            return outputs
+        return [
+            y if member.bias_O is None else y + member.bias_O for y, member in zip(outputs, self.members, strict=True)
+        ]
+
+    def _add_adapters(self, x_TI: Tensor, outputs: list[Tensor], gates: Gates) -> None:
+        active = self._active
+        for place, member in enumerate(self.members):
+            operand = active.operands.get(member.name)
+            if operand is not None:
+                _check_count(member.name, x_TI.shape[0], gates)
+                y_TO = self._transform(outputs[place], x_TI, member, gates, operand)
+                outputs[place] = after_product(y_TO, x_TI, gates, operand)
+        if active.gathered is not None and active.gathered.acts(self._group):
+            _check_count(self.members[0].name, x_TI.shape[0], gates)
+            active.gathered.add(self._group, x_TI, outputs, gates.runs)
+
+    def _transform(self, y_TO: Tensor, x_TI: Tensor, member: Member, gates: Gates, operand: SiteOperand) -> Tensor:
+        """W x' for the tokens whose input some adapter transforms; the others keep their W x."""
+        layout = operand.input_layout
+        if not layout:
+            return y_TO
+        tokens_n, own = gates.carrying(layout)
+        y_nO = self.product(before_product(x_TI.index_select(0, tokens_n), own, operand))
+        return y_TO.index_copy(0, tokens_n, y_nO[:, member.first : member.end])
+
+
+class GraftedLinear(nn.Module):
+    """Stands for a Linear of the base: its place in a joint."""
+
+    def __init__(self, joint: Joint, place: int, active: Active) -> None:
         super().__init__()
-        self.name = name
-        self.base = base
+        self.joint = joint
+        self.place = place
         self.active = active
-        self.gates_of = gates_of
-        self.base_bias = _detach_bias(base)
-        self.product = _bare_product(base)
+        self.name = joint.members[place].name
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._mixed(x)
+        y = self.joint.output(self.place, x)
         if self.active.routes is not None:
             self.active.routes.add(self.name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return y
 
-    def _mixed(self, x: Tensor) -> Tensor:
-        """With the static mixtures of the step's tokens."""
-        operand = self.active.operands.get(self.name)
-        gates = self.gates_of(self.active)
-        if operand is None or gates is None:
-            y = self.product(x)
-            return y if self.base_bias is None else y + self.base_bias
-        x_TI = x.reshape(-1, x.shape[-1])
-        _check_count(self.name, x_TI.shape[0], gates)
-        y_TO = apply_site(x_TI, gates, operand, self.product, self.base_bias)
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+    def weight(self) -> Tensor:
+        """The base's (O, I), in fp32, not to be written to."""
+        member = self.joint.members[self.place]
+        return self.joint.product.weight()[member.first : member.end]
 
 
 class GraftedEmbedding(nn.Module):
@@ -126,41 +201,108 @@ class GraftedNorm(nn.Module):
         return apply_norm(y, lambda: self.unit(x), gates, operand, axis=self.axis)
 
 
+@contextmanager
+def linear_inputs(network: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """What every Linear is called with, by its name, until the end of the block."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).extend(x)))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def graft_network(
-    network: nn.Module, active: Active, seen: Mapping[str, Sequence[Tensor]], lengths: Sequence[int]
+    network: nn.Module,
+    active: Active,
+    seen: Mapping[str, Sequence[Tensor]],
+    lengths: Sequence[int],
+    *,
+    inputs: Mapping[str, Sequence[Tensor]],
+    stored: torch.dtype,
 ) -> Sites:
     """Replace every Linear, the embedding and the norms in place.
 
     `seen` holds what each norm was called with on probes of those lengths: see `norm_inputs`. A norm or an embedding
-    that does not compute what its adapters need stays as it is, and no adapter is served there.
+    that does not compute what its adapters need stays as it is, and no adapter is served there. `inputs` are those of
+    the Linears on the same probes; `stored` is the dtype of the checkpoint.
     """
     head = network.get_output_embeddings()  # type: ignore[operator]
     table = network.get_input_embeddings()  # type: ignore[operator]
-    linears: dict[str, SiteShape] = {}
     norms: dict[str, NormShape] = {}
-    embedding, head_name = None, ""
+    embedding = None
     factor = embedding_factor(table)
-    for name, module in list(network.named_modules()):
+    modules = dict(network.named_modules())
+    linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    head_name = next((name for name, module in linears.items() if module is head), "")
+    tied = head is not None and head.weight is table.weight
+    groups = _groups(linears, inputs, head_name)
+    shapes: dict[str, SiteShape] = {}
+    for number, names in enumerate(groups):
+        shapes |= _join(network, number, names, active, gates_of_wanted if head_name in names else gates_of_all, stored)
+    for name, module in modules.items():
         grafted: nn.Module
-        if isinstance(module, nn.Linear | Conv1D):
-            gates_of = gates_of_wanted if module is head else gates_of_all
-            head_name = name if module is head else head_name
-            grafted = GraftedLinear(name, module, active, gates_of)
-            linears[name] = SiteShape(*_features(module), grafted.base_bias, isinstance(module, Conv1D))
-        elif module is table and factor is not None:
-            embedding = EmbeddingShape(name, len(table.weight), table.weight.shape[1], factor, "", tied=False)
+        if module is table and factor is not None:
+            embedding = EmbeddingShape(name, len(table.weight), table.weight.shape[1], factor, head_name, tied)
             grafted = GraftedEmbedding(name, module, active)
         elif name in seen and (unit := prove_norm(module, seen[name], lengths)) is not None:
             norms[name] = norm_shape(module)
             grafted = GraftedNorm(name, module, unit, active)
         else:
             continue
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, grafted)
-    if embedding is not None:
-        tied = head is not None and head.weight is table.weight
-        embedding = replace(embedding, head=head_name, tied=tied)
-    return Sites(linears, norms, embedding)
+        _replace(network, name, grafted)
+    return Sites({name: shapes[name] for name in linears}, norms, embedding, groups)
+
+
+def _groups(
+    linears: Mapping[str, nn.Module], inputs: Mapping[str, Sequence[Tensor]], head: str
+) -> tuple[tuple[str, ...], ...]:
+    """The Linears that were called with the very same tensors on every probe; every other alone."""
+    groups: dict[object, list[str]] = {}
+    for name, module in linears.items():
+        key: object = name
+        if type(module) is nn.Linear and inputs.get(name) and name != head:
+            key = (module.weight.dtype, *(id(x) for x in inputs[name]))
+        if len(groups.get(key, ())) >= MEMBERS:
+            key = name
+        groups.setdefault(key, []).append(name)
+    return tuple(map(tuple, groups.values()))
+
+
+def _join(
+    network: nn.Module, number: int, names: Sequence[str], active: Active, gates_of: GatesOf, stored: torch.dtype
+) -> dict[str, SiteShape]:
+    """Put one joint in the places of these Linears."""
+    modules = [network.get_submodule(name) for name in names]
+    shapes = {}
+    members: list[Member] = []
+    for name, module in zip(names, modules, strict=True):
+        inputs, outputs = _features(module)
+        bias_O = _detach_bias(module)
+        shapes[name] = SiteShape(inputs, outputs, bias_O, isinstance(module, Conv1D))
+        first = members[-1].end if members else 0
+        members.append(Member(name, first, first + outputs, bias_O))
+    joint = Joint(number, members, _product(modules, stored), active, gates_of)
+    for place, name in enumerate(names):
+        _replace(network, name, GraftedLinear(joint, place, active))
+    return shapes
+
+
+def _replace(network: nn.Module, name: str, by: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, by)
+
+
+def _one_bias(members: Sequence[Member]) -> Tensor | None:
+    """All members' biases side by side, zeros where there is none; None where there are none at all."""
+    some = next((member.bias_O for member in members if member.bias_O is not None), None)
+    if some is None:
+        return None
+    return torch.cat([some.new_zeros(one.end - one.first) if one.bias_O is None else one.bias_O for one in members])
 
 
 def _check_count(name: str, tokens: int, gates: Gates) -> None:
@@ -183,11 +325,11 @@ def _detach_bias(base: nn.Module) -> Tensor | None:
     return bias.detach()
 
 
-def _bare_product(base: nn.Module) -> Callable[[Tensor], Tensor]:
-    weight = base.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(base, Conv1D):
-        return lambda x: torch.matmul(x, weight)
-    if type(base) is nn.Linear:
-        return lambda x: F.linear(x, weight)
-    return base  # a quantized Linear (bitsandbytes), whose bias is gone
+def _product(modules: Sequence[nn.Module], stored: torch.dtype) -> Product:
+    """The product of these Linears side by side, without their biases."""
+    if type(modules[0]) is nn.Linear:
+        weights = [module.weight.detach() for module in modules if isinstance(module.weight, Tensor)]
+        whole = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return fastest(whole, whole.dtype, stored)
+    (module,) = modules
+    return Stock(module)

@@ -22,7 +22,7 @@ from server.errors import StartupRefused
 from server.model import attention
 from server.model.attention import ShapeRecorder, UnsupportedAttention
 from server.model.experts import graft_experts
-from server.model.grafted import graft_network
+from server.model.grafted import graft_network, linear_inputs
 from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
 from server.model.norms import norm_inputs
@@ -53,7 +53,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     if not stock._can_set_attn_implementation():  # type: ignore[operator]
         raise StartupRefused(f"base {name}: architecture {shape.model_type} has its own attention, not transformers'")
     probes = _probes(shape.vocab_size)
-    with torch.inference_mode(), norm_inputs(stock) as seen:
+    with torch.inference_mode(), norm_inputs(stock) as seen, linear_inputs(stock) as inputs:
         expected = [stock(input_ids=ids.to(device)[None], use_cache=False).logits[0].float() for ids in probes]
     AttentionInterface.register(attention.NAME, attention.attend)
     stock.set_attn_implementation(attention.NAME)  # type: ignore[operator]
@@ -63,7 +63,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     if sorted(recorder.layers) != list(range(depth)):
         raise StartupRefused(f"base {name}: attention ran in layers {sorted(recorder.layers)}, the base has {depth}")
     with torch.no_grad():
-        sites = graft_network(stock, active, seen, [len(ids) for ids in probes])
+        sites = graft_network(stock, active, seen, [len(ids) for ids in probes], inputs=inputs, stored=_stored(shape))
     # After the grafting: what adds to the stream is then a module with everything that adapters change in it.
     again = partial(_record, stock, probes[0].to(device), name)
     places = Places(find_anatomy(stock, recorder.modules, again), active)
@@ -85,6 +85,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         quantized=config.quantize != "none",
         parameters=graft_experts(stock, active),
         decoder_layers=decoder_layers,
+        groups=sites.groups,
     )
     network = Network(stock, facts, active, places)
     _prove(network, probes, expected)
@@ -137,11 +138,17 @@ def _dtype(asked: str, shape: PretrainedConfig, device: torch.device) -> torch.d
         return DTYPES[asked]
     if asked != "auto":
         raise StartupRefused(f"--dtype {asked}: known are auto, {', '.join(DTYPES)}")
-    own = shape.get_text_config().dtype or torch.float32
+    own = _stored(shape)
     if device.type == "cpu" and own != torch.float32:
         fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if own == torch.bfloat16 and fast else torch.float32
     return own
+
+
+def _stored(shape: PretrainedConfig) -> torch.dtype:
+    """The dtype of the checkpoint."""
+    dtype: torch.dtype = shape.get_text_config().dtype or torch.float32
+    return dtype
 
 
 def _refuse_rope(shape: PretrainedConfig, name: str) -> None:

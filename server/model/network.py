@@ -5,18 +5,18 @@ T packed tokens of the step, R rows whose logits are wanted, V virtual tokens, E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from server.kernels.gathered import Gathered
 from server.model.attention import AttentionPlan, Span
-from server.model.grafted import GraftedEmbedding, GraftedLinear
+from server.model.grafted import GraftedEmbedding, GraftedLinear, Joint
 from server.model.kv import KvCache
 from server.model.places import Places
-from server.model.weights import base_weight
 from server.primitives.experts import ParameterShape
 from server.primitives.gates import Gates
 from server.primitives.prefix import LayerShape, Prefix
@@ -34,6 +34,7 @@ class Batch:
     wanted_R: Tensor
     gates: Gates | None
     operands: Mapping[str, SiteOperand]
+    gathered: Gathered | None = None
     wanted_gates: Gates | None = None  # those of wanted_R, for the output head
     routes: Routes | None = None
 
@@ -57,6 +58,7 @@ class BaseFacts:
     quantized: bool
     parameters: Mapping[str, ParameterShape] = field(default_factory=dict)  # weights of routers and experts
     decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told
+    groups: tuple[tuple[str, ...], ...] = ()  # of Linears that read the same input
 
 
 class Network:
@@ -69,7 +71,7 @@ class Network:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
-        self._active.operands, self._active.gates = batch.operands, batch.gates
+        self._active.operands, self._active.gathered, self._active.gates = batch.operands, batch.gathered, batch.gates
         self._active.wanted_gates, self._active.routes = batch.wanted_gates, batch.routes
         self._places.arm(batch.operands)
         out = self._stock(
@@ -117,7 +119,7 @@ class Network:
         positions = torch.arange(start, stop, device=self.facts.device)
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
         plan = AttentionPlan(cache, positions, None, None, [Span(stop - start, stop, blocks)])
-        self._active.operands, self._active.gates = {}, None
+        self._active.operands, self._active.gathered, self._active.gates = {}, None, None
         self._active.wanted_gates, self._active.routes = None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
@@ -135,11 +137,12 @@ class Network:
         if isinstance(grafted, GraftedEmbedding):
             return grafted.weight.detach().float()
         assert isinstance(grafted, GraftedLinear)
-        return base_weight(grafted.base)
+        return grafted.weight()
 
-    def linears(self) -> Iterator[GraftedLinear]:
-        """Every Linear that adapters may change."""
-        return (module for module in self._stock.modules() if isinstance(module, GraftedLinear))
+    def joints(self) -> list[Joint]:
+        """The Linears that adapters may change, those that read the same input together."""
+        linears = [module for module in self._stock.modules() if isinstance(module, GraftedLinear)]
+        return list({id(linear.joint): linear.joint for linear in linears}.values())
 
     def new_cache(self, blocks: int, block_size: int) -> KvCache:
         facts = self.facts

@@ -6,7 +6,7 @@ Linear computes as before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from server.kernels.gpu.lowrank import Table, apply_gathered
 from server.kernels.gpu.work import Work
-from server.model.network import Network
+from server.kernels.products import Product
+from server.model.grafted import Joint
 
 
 @dataclass(slots=True)
@@ -34,11 +35,15 @@ class Armed:
 
 @dataclass(frozen=True, slots=True)
 class SlottedProduct:
-    """W x, and what the step's slots add to it."""
+    """W x of a joint, and what the step's slots add to it."""
 
-    product: Callable[[Tensor], Tensor]
+    product: Product
     table: Table
     armed: Armed
+
+    @property
+    def bytes(self) -> int:
+        return self.product.bytes
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self.product(x)
@@ -46,10 +51,13 @@ class SlottedProduct:
             apply_gathered(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.armed.work, self.table)
         return y
 
+    def weight(self) -> Tensor:
+        return self.product.weight()
 
-def slot_linears(network: Network, tables: Mapping[str, Table]) -> Armed:
-    """Give every Linear its table of slots."""
+
+def slot_joints(joints: Sequence[Joint], tables: Sequence[Table]) -> Armed:
+    """Give every joint its table of slots."""
     armed = Armed()
-    for linear in network.linears():
-        linear.product = SlottedProduct(linear.product, tables[linear.name], armed)
+    for joint, table in zip(joints, tables, strict=True):
+        joint.product = SlottedProduct(joint.product, table, armed)
     return armed

@@ -20,6 +20,23 @@ PACKED_ROWS = 32
 INT8_MAX = 127
 
 
+class Stock:
+    """The product of a module as it is: transposed (Conv1D), or quantized by a library of its own; its bias is gone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.bytes = sum(part.nbytes for part in module.state_dict().values() if isinstance(part, Tensor))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self._module, Conv1D):
+            return x @ self._module.weight
+        y: Tensor = self._module(x)
+        return y
+
+    def weight(self) -> Tensor:
+        return base_weight(self._module)
+
+
 def base_weight(base: nn.Module) -> Tensor:
     """Not to be written to: an fp32 weight is given as it is."""
     weight: Any = base.weight

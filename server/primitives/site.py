@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from server.kernels.gathered import Gathered
 from server.primitives import bias, delta, edit, experts, gain, lowrank, rotate, scale
 from server.primitives.gates import Gates
 from server.primitives.route import Routes
@@ -108,15 +109,24 @@ class SiteOperand:
     edit: edit.EditOperand | None
     experts: experts.ExpertsOperand | None
 
+    @property
+    def input_layout(self) -> tuple[int, ...]:
+        """The columns of the adapters that transform the input; some may stand there several times."""
+        scaled = () if self.scale_in is None else self.scale_in.layout
+        rotated = () if self.rotate_in is None else self.rotate_in.groups
+        return sum((group.layout for group in rotated), scaled)
+
 
 @dataclass(slots=True)
 class Active:
     """The adapters of the step in hand, read by every grafted module; the engine sets it before each forward pass.
 
-    The output head sees only the tokens whose logits are wanted: `wanted_gates` are theirs.
+    The output head sees only the tokens whose logits are wanted: `wanted_gates` are theirs. Low-rank terms stand in
+    `gathered` where its kernels run, in `operands` otherwise.
     """
 
     operands: Mapping[str, SiteOperand] = field(default_factory=dict)
+    gathered: Gathered | None = None
     gates: Gates | None = None
     routes: Routes | None = None
     wanted_gates: Gates | None = None
@@ -152,7 +162,17 @@ def apply_site(
     x_TI: Tensor, gates: Gates, operand: SiteOperand, product: Callable[[Tensor], Tensor], base_bias: Tensor | None
 ) -> Tensor:
     """The Linear with the active adapters; `product` is the base's, without its bias."""
-    y_TO = product(_transform(x_TI, gates, operand.scale_in, operand.rotate_in))
+    y_TO = after_product(product(before_product(x_TI, gates, operand)), x_TI, gates, operand)
+    return y_TO if base_bias is None else y_TO + base_bias
+
+
+def before_product(x_TI: Tensor, gates: Gates, operand: SiteOperand) -> Tensor:
+    """x'."""
+    return _transform(x_TI, gates, operand.scale_in, operand.rotate_in)
+
+
+def after_product(y_TO: Tensor, x_TI: Tensor, gates: Gates, operand: SiteOperand) -> Tensor:
+    """All of y but the base's bias, from W x'."""
     y_TO = _transform(y_TO, gates, operand.scale_out, operand.rotate_out)
     if operand.lowrank is not None:
         y_TO = lowrank.apply(y_TO, x_TI, gates, operand.lowrank)
@@ -160,7 +180,7 @@ def apply_site(
         y_TO = delta.apply(y_TO, x_TI, gates, operand.delta)
     if operand.bias is not None:
         y_TO = bias.apply(y_TO, gates, operand.bias)
-    return y_TO if base_bias is None else y_TO + base_bias
+    return y_TO
 
 
 def _transform(

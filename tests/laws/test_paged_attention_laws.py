@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.model.attention import _decode
+from server.model.attention import AttentionPlan, decode_gathered
 from server.model.kv import KvCache
 from server.primitives.prefix import LayerShape
 
@@ -80,10 +80,8 @@ def test_it_equals_its_plain_loop_and_what_serves_on_a_cpu(
     torch.testing.assert_close(fast, plain.to(DEVICE), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     for store in (cache.keys[0], cache.values[0]):
         store.nan_to_num_(0)  # the other one masks what it has read
-    keys, values = cache.gather(0, blocks)
-    position = torch.arange(keys.shape[2], device=DEVICE)
-    mask = (position < length[:, None]) & (position >= length[:, None] - (window or LONG))
-    other = _decode(query, keys, values, mask[:, None], dim**-0.5, softcap, sink)
+    plan = AttentionPlan(cache, length, length, blocks, [])
+    other = decode_gathered(query, plan, 0, window, dim**-0.5, softcap, sink)
     torch.testing.assert_close(fast, other, atol=2 * TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
 
 

@@ -25,6 +25,7 @@ from server.config import ModelConfig
 from server.engine.loop import ProbeLease, course_of
 from server.engine.pack import NO_ROUTES, Packed, block_rows, pack_step
 from server.engine.pack_routes import read_shares
+from server.kernels import native
 from server.model.load import load_network
 from server.model.network import Network
 from server.policy.blocks import BlockPool
@@ -190,6 +191,7 @@ class Bench:
     max_running: int = 64
     blocks: int = 256
     max_rank: int = 64
+    gathered: bool = True  # low-rank terms by the native kernels, where they were built; else by torch's operations
     max_delta_error: float = 0.0  # so a change of full rank is served at full rank, which these bases allow
     steps: int = 0
     mixed_steps: int = 0
@@ -260,7 +262,9 @@ class Bench:
         """
         pool = BlockPool(self.blocks)
         cache = self.network.new_cache(self.blocks, self.block_size)
-        bank = Bank()
+        facts = self.network.facts
+        gathered = self.gathered and native.serves(facts.device, facts.dtype)
+        bank = Bank(facts.dtype, facts.groups if gathered else ())
         scheduler = Scheduler(
             pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=self.max_running
         )

@@ -56,8 +56,8 @@ def test_every_kind_in_one_packed_batch_equals_peft_alone(
     adapters: Callable[[str], Adapters],
 ) -> None:
     """Twice: all in one step, where the head gives every position of half the requests and of the others those that a
-    token is drawn of, as a server does; and in small steps, the other way round. Requests for the base are the same to
-    the bit where the adapters are taken away.
+    token is drawn of, as a server does; and in small steps, the other way round, without the native kernels. Requests
+    for the base are the same to the bit where the adapters are taken away.
     """
     base, made = tiny_base(architecture), adapters(architecture)
     plain = base.fresh()
@@ -69,7 +69,7 @@ def test_every_kind_in_one_packed_batch_equals_peft_alone(
         rig.max_batch_tokens, rig.max_running, rig.blocks = WIDE, len(requests), 16 * len(requests)
     served = wide.run(requests, new=NEW_TOKENS, scored=even)
     assert wide.widest_step == len(requests), "all requests were meant to meet in one step"
-    narrow.max_batch_tokens = NARROW
+    narrow.max_batch_tokens, narrow.gathered = NARROW, False
     prompts = narrow.run(requests, scored=odd)
     assert wide.cuts and narrow.cuts > len(requests) / 3, "hardly a prompt was cut into chunks"
     bare = alone.run([(ids, []) for ids, _ in requests], new=NEW_TOKENS, scored=even)

@@ -1,0 +1,285 @@
+/* The step's inner loops for a CPU: the gathered low-rank product, and attention of decodes over the paged KV cache.
+
+   Plain C over pointers, called through ctypes (server/kernels/native.py), which says what each argument is. Numbers are
+   fp32 inside, whatever they are stored as. Every function has a plain loop in Python that tests compare it with.
+
+   The innermost loops (native_loops.h) are compiled for several instruction sets, of which the processor's best is
+   taken; what is shared out among threads stands here.
+
+   T tokens, I in, O out, R rank of one term. A is (R, I), B is (R, O), both row by row. */
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#define X86
+#include <immintrin.h>
+#endif
+
+#define TOKENS 12       /* tokens of one piece of work */
+#define RANKS 8         /* rows of A of one piece of work */
+#define OUTPUTS 1024    /* columns of B of one piece of work */
+#define MEMBERS 8       /* Linears that read the same input, at most */
+#define WIDEST 16       /* floats of the longest vector register */
+#define HEADS 4         /* query heads that share one pass over the values */
+
+enum { FP32, BF16, FP16 };
+
+#define UNROLL _Pragma("GCC unroll 8")
+#define INLINE static inline __attribute__((always_inline))
+
+/* One adapter's term at one Linear. `member` is the Linear's place among those that read the same input. */
+typedef struct {
+    const void *A, *B;
+    int64_t rank, outputs, member;
+    int32_t A_type, B_type;
+    float scaling;
+    int32_t unused;
+} term_t;
+
+/* All terms of one adapter at Linears that read the same input. */
+typedef struct {
+    const term_t *terms;
+    int64_t count;
+} terms_t;
+
+/* Neighbouring tokens that carry the same adapters: pairs[first_pair ... + pairs). */
+typedef struct {
+    int64_t first, count, first_pair, pairs;
+} run_t;
+
+typedef struct {
+    int64_t column;
+    float gate;
+    int32_t unused;
+} pair_t;
+
+INLINE float widen(const void *p, int64_t at, const int type) {
+    if (type == FP32) return ((const float *)p)[at];
+    uint32_t bits = (uint32_t)((const uint16_t *)p)[at] << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* To nearest, ties to even; what is no number stays none. */
+INLINE uint16_t narrow(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#ifdef X86
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4")
+#define LANES 16
+#define NAME(x) x##_v4
+#include "native_loops.h"
+#undef LANES
+#undef NAME
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define LANES 8
+#define NAME(x) x##_v3
+#include "native_loops.h"
+#undef LANES
+#undef NAME
+#pragma GCC pop_options
+#endif
+#define LANES 4
+#define NAME(x) x##_any
+#include "native_loops.h"
+#undef LANES
+#undef NAME
+
+/* The loops for one instruction set, by what the numbers are stored as. */
+typedef struct {
+    void (*shrink[3])(const float *x, int64_t x_row, int64_t tokens, const void *A, int64_t rank, int64_t ranks,
+                      int64_t inputs, float *middle, int64_t middle_row);
+    void (*expand[3])(const float *middle, int64_t row, int64_t tokens, const void *B, int64_t ranks, int64_t outputs,
+                      int64_t at, int64_t count, float *into, int64_t into_row);
+    void (*attend[2])(const float *query, const void *keys, const void *values, const int64_t *blocks,
+                      int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim, float softcap,
+                      const float *sinks, float *scores, int64_t padded, float *out);
+    void (*widen_row)(const uint16_t *from, float *to, int64_t count);
+    void (*add_row)(uint16_t *y, const float *delta, int64_t count);
+} loops_t;
+
+#define LOOPS(NAME)                                          \
+    {                                                        \
+        {NAME(shrink_FP32), NAME(shrink_BF16), NAME(shrink_FP16)}, \
+        {NAME(expand_FP32), NAME(expand_BF16), NAME(expand_FP16)}, \
+        {NAME(attend_FP32), NAME(attend_BF16)}, NAME(widen_row), NAME(add_row) }
+#define V4(x) x##_v4
+#define V3(x) x##_v3
+#define ANY(x) x##_any
+
+static const loops_t *loops(void) {
+    static const loops_t any = LOOPS(ANY);
+#ifdef X86
+    static const loops_t v3 = LOOPS(V3), v4 = LOOPS(V4);
+    if (__builtin_cpu_supports("x86-64-v4")) return &v4;
+    if (__builtin_cpu_supports("x86-64-v3")) return &v3;
+#endif
+    return &any;
+}
+
+static int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
+
+/* Room that the calling thread keeps from call to call. */
+static float *room(int64_t floats) {
+    static _Thread_local float *kept;
+    static _Thread_local int64_t size;
+    if (size < floats) {
+        free(kept);
+        kept = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        size = kept ? floats : 0;
+    }
+    return kept;
+}
+
+/* One (run, pair) after another, with the place of its first number in the scratch of middles. */
+#define FOR_PAIRS(run, pair, at)                                                                       \
+    for (const pair_t *pair = pairs + (run)->first_pair; pair < pairs + (run)->first_pair + (run)->pairs; \
+         at += (run)->count * ranks_of(held + pair->column), pair++)
+
+static int64_t ranks_of(const terms_t *own) {
+    int64_t total = 0;
+    for (int64_t e = 0; e < own->count; e++) total += own->terms[e].rank;
+    return total;
+}
+
+/* A few tokens' and outputs' sum over their adapters: in place in fp32; otherwise aside, so that it is rounded once. */
+static void expand_piece(const loops_t *fast, void *y, int64_t y_row, int type, int64_t member, int64_t t, int64_t o, const run_t *run,
+                         const pair_t *pairs, const terms_t *held, const float *middles) {
+    float tile[TOKENS * OUTPUTS];
+    const int64_t tokens = at_most(run->count - t, TOKENS), first = (run->first + t) * y_row + o;
+    int64_t count = 0, at = 0;
+    if (type != FP32) memset(tile, 0, sizeof tile);
+    FOR_PAIRS(run, pair, at) {
+        int64_t before = at;
+        for (int64_t e = 0; e < held[pair->column].count && pair->gate != 0; e++) {
+            const term_t *const term = held[pair->column].terms + e;
+            const float *const middle = middles + before + t * term->rank;
+            before += run->count * term->rank;
+            if (term->member != member) continue;
+            count = at_most(term->outputs - o, OUTPUTS);
+            float *const into = type == FP32 ? (float *)y + first : tile;
+            fast->expand[term->B_type](middle, term->rank, tokens, term->B, term->rank, term->outputs, o, count, into,
+                                       type == FP32 ? y_row : OUTPUTS);
+        }
+    }
+    for (int64_t a = 0; a < tokens && type != FP32; a++)
+        fast->add_row((uint16_t *)y + first + a * y_row, tile + a * OUTPUTS, count);
+}
+
+/* y_m[t] += sum_k g_k scaling_k B_k A_k x[t], for each of a token's adapters k and each Linear m that reads x.
+
+   x: (tokens, inputs), rows `x_row` apart. y[m]: rows y_row[m] apart. All of `type`, FP32 or BF16. held[column]: the
+   terms of an adapter here; none where its count is 0. A pair whose gate is 0 is left out, and what overflows in one
+   adapter stays with the tokens that carry it. Returns 0, or -1 when there is no memory. */
+int mg_lowrank(const void *x, int64_t x_row, int64_t tokens, int64_t inputs, int type, void *const *y,
+               const int64_t *y_row, int64_t members, const run_t *runs, int64_t run_count, const pair_t *pairs,
+               const terms_t *held, int threads) {
+    const loops_t *const fast = loops();
+    int64_t needed = 0;
+    for (const run_t *run = runs; run < runs + run_count; run++) FOR_PAIRS(run, pair, needed);
+    if (!needed) return 0;
+    const int64_t widened = type == BF16 ? tokens * inputs : 0;
+    float *const middles = room(needed + widened);
+    if (!middles) return -1;
+    float *const wide_x = middles + needed;
+#pragma omp parallel num_threads(threads)
+    {
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+        const float *own_x = x;
+        int64_t own_row = x_row, work = 0, at = 0;
+        if (type == BF16) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < tokens; t++)
+                fast->widen_row((const uint16_t *)x + t * x_row, wide_x + t * inputs, inputs);
+            own_x = wide_x, own_row = inputs;
+        }
+        for (const run_t *run = runs; run < runs + run_count; run++)
+            FOR_PAIRS(run, pair, at) {
+                int64_t before = at;
+                for (int64_t e = 0; e < held[pair->column].count && pair->gate != 0; e++) {
+                    const term_t *const term = held[pair->column].terms + e;
+                    float *const middle = middles + before;
+                    before += run->count * term->rank;
+                    const float factor = pair->gate * term->scaling;
+                    for (int64_t t = 0; t < run->count; t += TOKENS)
+                        for (int64_t r = 0; r < term->rank; r += RANKS) {
+                            if (work++ % all != me) continue;
+                            const int64_t some = at_most(run->count - t, TOKENS);
+                            const int64_t ranks = at_most(term->rank - r, RANKS);
+                            float *const into = middle + t * term->rank + r;
+                            fast->shrink[term->A_type](own_x + (run->first + t) * own_row, own_row, some, term->A, r,
+                                                       ranks, inputs, into, term->rank);
+                            for (int64_t a = 0; a < some; a++)
+                                for (int64_t b = 0; b < ranks; b++) into[a * term->rank + b] *= factor;
+                        }
+                }
+            }
+#pragma omp barrier
+        work = at = 0;
+        for (const run_t *run = runs; run < runs + run_count; run++) {
+            const int64_t first = at;
+            int64_t widest[MEMBERS] = {0};
+            FOR_PAIRS(run, pair, at)
+                for (int64_t e = 0; e < held[pair->column].count && pair->gate != 0; e++)
+                    widest[held[pair->column].terms[e].member] = held[pair->column].terms[e].outputs;
+            for (int64_t m = 0; m < members; m++)
+                for (int64_t t = 0; t < run->count; t += TOKENS)
+                    for (int64_t o = 0; o < widest[m]; o += OUTPUTS)
+                        if (work++ % all == me)
+                            expand_piece(fast, y[m], y_row[m], type, m, t, o, run, pairs, held, middles + first);
+        }
+    }
+    return 0;
+}
+
+/* The newest token of each sequence over its cached positions.
+
+   query[h][b] is at query + h * head_row + b * token_row, (dim); out is (sequences, heads, dim). keys, values:
+   (kv_heads, rows, dim) of `type`, FP32 or BF16, like query and out; dim a multiple of 16. blocks: (sequences, width).
+   window, softcap: 0 for none; sinks: (heads) or NULL. Returns 0, or -1 when there is no memory. */
+int mg_attend(const void *query, int64_t head_row, int64_t token_row, void *out, const void *keys, const void *values,
+              int64_t rows, int type, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim,
+              const int64_t *blocks, int64_t width, const int64_t *lengths, int64_t block_size, int64_t window,
+              float scale, float softcap, const float *sinks, int threads) {
+    const loops_t *const fast = loops();
+    const int64_t group = heads / kv_heads, size = type == FP32 ? 4 : 2;
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t n = 0; n < sequences * kv_heads; n++) {
+        const int64_t b = n / kv_heads, head = n % kv_heads, length = lengths[b];
+        const int64_t first = window && length > window ? length - window : 0;
+        const int64_t padded = (length - first + WIDEST - 1) / WIDEST * WIDEST;
+        float *const own = room(group * (padded + 2 * dim));
+        if (!own) {
+            failed = -1;
+            continue;
+        }
+        float *const wide = own + group * padded, *const made = wide + group * dim;
+        for (int64_t g = 0; g < group; g++) {
+            const int64_t at = (head * group + g) * head_row + b * token_row;
+            for (int64_t d = 0; d < dim; d++) wide[g * dim + d] = widen(query, at + d, type) * scale;
+        }
+        const int64_t at = head * rows * dim * size;
+        fast->attend[type](
+            wide, (const char *)keys + at, (const char *)values + at, blocks + b * width, block_size, first, length,
+            group, dim, softcap, sinks ? sinks + head * group : NULL, own, padded, made);
+        for (int64_t i = 0; i < group * dim; i++) {
+            const int64_t to = (b * heads + head * group) * dim + i;
+            if (type == FP32) ((float *)out)[to] = made[i];
+            else ((uint16_t *)out)[to] = narrow(made[i]);
+        }
+    }
+    return failed;
+}

@@ -1,0 +1,276 @@
+/* The innermost loops, compiled once for each instruction set: native.c includes this file with LANES, the floats of a
+   vector register, and NAME, which gives every function its instruction set's name. */
+
+typedef float NAME(vec) __attribute__((vector_size(LANES * 4)));
+typedef uint32_t NAME(uvec) __attribute__((vector_size(LANES * 4)));
+typedef int32_t NAME(ivec) __attribute__((vector_size(LANES * 4)));
+typedef uint16_t NAME(hvec) __attribute__((vector_size(LANES * 2)));
+#define vec NAME(vec)
+#define uvec NAME(uvec)
+#define ivec NAME(ivec)
+#define hvec NAME(hvec)
+#define load_fp32 NAME(load_fp32)
+#define load_bf16 NAME(load_bf16)
+#define load_fp16 NAME(load_fp16)
+#define load NAME(load)
+#define load_some NAME(load_some)
+#define sum NAME(sum)
+#define exp_vec NAME(exp_vec)
+#define larger NAME(larger)
+#define attend_group NAME(attend_group)
+
+INLINE vec load_fp32(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE vec load_bf16(const uint16_t *p) {
+#if LANES == 16 && defined(X86)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+#elif LANES == 8 && defined(X86)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16);
+#else
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, uvec) << 16);
+#endif
+}
+
+/* In general: exponent and mantissa moved to their places, then scaled by 2^112: right for subnormals, too. There is no infinity
+   among weights (Target.place). */
+INLINE vec load_fp16(const uint16_t *p) {
+#if LANES == 16 && defined(X86)
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)p));
+#elif LANES == 8 && defined(X86)
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const void *)p));
+#else
+    hvec h;
+    memcpy(&h, p, sizeof h);
+    uvec bits = __builtin_convertvector(h, uvec);
+    vec size = (vec)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (vec)((uvec)size | (bits & 0x8000) << 16);
+#endif
+}
+
+INLINE vec load(const void *p, int64_t at, const int type) {
+    if (type == FP32) return load_fp32((const float *)p + at);
+    if (type == BF16) return load_bf16((const uint16_t *)p + at);
+    return load_fp16((const uint16_t *)p + at);
+}
+
+/* The `left` values from `at` on, and zeros. */
+INLINE vec load_some(const void *p, int64_t at, int64_t left, const int type) {
+    char room[LANES * 4] = {0};
+    const int64_t size = type == FP32 ? 4 : 2;
+    memcpy(room, (const char *)p + at * size, left * size);
+    return load(room, 0, type);
+}
+
+INLINE float sum(vec v) {
+    float lanes[LANES], total = 0;
+    memcpy(lanes, &v, sizeof v);
+    for (int step = LANES / 2; step; step /= 2)
+        for (int lane = 0; lane < step; lane++) lanes[lane] += lanes[lane + step];
+    total = lanes[0];
+    return total;
+}
+
+/* middle[t][r] = sum_i x[t][i] A[r][i] for a few tokens and ranks. The loops over both are unrolled: the sums are
+   registers. */
+#define DOTS(NAME, TOKENS_HERE, RANKS_HERE)                                                                         \
+    INLINE void NAME(const float *x, int64_t x_row, const void *A, int64_t rank, int64_t inputs, float *middle,     \
+                     int64_t middle_row, const int type) {                                                          \
+        vec sums[TOKENS_HERE][RANKS_HERE] = {{{0}}};                                                                \
+        int64_t i = 0;                                                                                              \
+        for (; i + LANES <= inputs; i += LANES)                                                                     \
+            UNROLL for (int r = 0; r < RANKS_HERE; r++) {                                                           \
+                const vec a = load(A, (rank + r) * inputs + i, type);                                               \
+                UNROLL for (int t = 0; t < TOKENS_HERE; t++) sums[t][r] += load_fp32(x + t * x_row + i) * a;        \
+            }                                                                                                       \
+        if (i < inputs)                                                                                             \
+            UNROLL for (int r = 0; r < RANKS_HERE; r++) {                                                           \
+                const vec a = load_some(A, (rank + r) * inputs + i, inputs - i, type);                              \
+                UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                        \
+                    sums[t][r] += load_some(x + t * x_row, i, inputs - i, FP32) * a;                                \
+            }                                                                                                       \
+        UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                                \
+            UNROLL for (int r = 0; r < RANKS_HERE; r++) middle[t * middle_row + r] = sum(sums[t][r]);               \
+    }
+DOTS(NAME(dots_1_1), 1, 1)
+DOTS(NAME(dots_1_8), 1, 8)
+DOTS(NAME(dots_3_4), 3, 4)
+
+#define SHRINK(TYPE)                                                                                                \
+    static void NAME(shrink_##TYPE)(const float *x, int64_t x_row, int64_t tokens, const void *A, int64_t rank,    \
+                                     int64_t ranks, int64_t inputs, float *middle, int64_t middle_row) {            \
+        int64_t t = 0;                                                                                              \
+        for (; ranks % 4 == 0 && t + 3 <= tokens; t += 3)                                                           \
+            for (int64_t r = 0; r < ranks; r += 4)                                                                  \
+                NAME(dots_3_4)(x + t * x_row, x_row, A, rank + r, inputs, middle + t * middle_row + r, middle_row, TYPE); \
+        for (; t < tokens; t++) {                                                                                   \
+            int64_t r = 0;                                                                                          \
+            for (; r + 8 <= ranks; r += 8)                                                                          \
+                NAME(dots_1_8)(x + t * x_row, x_row, A, rank + r, inputs, middle + t * middle_row + r, middle_row, TYPE); \
+            for (; r < ranks; r++)                                                                                  \
+                NAME(dots_1_1)(x + t * x_row, x_row, A, rank + r, inputs, middle + t * middle_row + r, middle_row, TYPE); \
+        }                                                                                                           \
+    }
+SHRINK(FP32)
+SHRINK(BF16)
+SHRINK(FP16)
+
+/* into[t][o] += sum_r middle[t][r] B[r][o] for a few tokens and vectors of outputs. */
+#define SPREAD(NAME, TOKENS_HERE, VECTORS)                                                                          \
+    INLINE void NAME(const float *middle, int64_t middle_row, const void *B, int64_t ranks, int64_t outputs,        \
+                     int64_t at, float *into, int64_t into_row, const int type) {                                   \
+        vec sums[TOKENS_HERE][VECTORS];                                                                             \
+        UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                                \
+            UNROLL for (int v = 0; v < VECTORS; v++) sums[t][v] = load_fp32(into + t * into_row + v * LANES);       \
+        for (int64_t r = 0; r < ranks; r++)                                                                         \
+            UNROLL for (int v = 0; v < VECTORS; v++) {                                                              \
+                const vec b = load(B, r * outputs + at + v * LANES, type);                                          \
+                UNROLL for (int t = 0; t < TOKENS_HERE; t++) sums[t][v] += middle[t * middle_row + r] * b;          \
+            }                                                                                                       \
+        UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                                \
+            UNROLL for (int v = 0; v < VECTORS; v++) memcpy(into + t * into_row + v * LANES, &sums[t][v], sizeof(vec)); \
+    }
+SPREAD(NAME(spread_1_1), 1, 1)
+SPREAD(NAME(spread_1_8), 1, 8)
+SPREAD(NAME(spread_4_2), 4, 2)
+
+#define EXPAND(TYPE)                                                                                                \
+    static void NAME(expand_##TYPE)(const float *middle, int64_t row, int64_t tokens, const void *B, int64_t ranks, \
+                                     int64_t outputs, int64_t at, int64_t count, float *into, int64_t into_row) {   \
+        const int64_t whole = count / LANES * LANES;                                                                \
+        int64_t t = 0;                                                                                              \
+        for (; whole % (2 * LANES) == 0 && t + 4 <= tokens; t += 4)                                                 \
+            for (int64_t o = 0; o < whole; o += 2 * LANES)                                                          \
+                NAME(spread_4_2)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
+        for (; t < tokens; t++) {                                                                                   \
+            int64_t o = 0;                                                                                          \
+            for (; o + 8 * LANES <= whole; o += 8 * LANES)                                                          \
+                NAME(spread_1_8)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
+            for (; o < whole; o += LANES)                                                                           \
+                NAME(spread_1_1)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
+        }                                                                                                           \
+        for (t = 0; t < tokens && whole < count; t++) {                                                             \
+            vec sums = load_some(into + t * into_row, whole, count - whole, FP32);                                  \
+            for (int64_t r = 0; r < ranks; r++)                                                                     \
+                sums += middle[t * row + r] * load_some(B, r * outputs + at + whole, count - whole, TYPE);          \
+            memcpy(into + t * into_row + whole, &sums, (count - whole) * sizeof(float));                            \
+        }                                                                                                           \
+    }
+EXPAND(FP32)
+EXPAND(BF16)
+EXPAND(FP16)
+
+static void NAME(widen_row)(const uint16_t *from, float *to, int64_t count) {
+    for (int64_t i = 0; i < count; i++) to[i] = widen(from, i, BF16);
+}
+
+static void NAME(add_row)(uint16_t *y, const float *delta, int64_t count) {
+    for (int64_t i = 0; i < count; i++) y[i] = narrow(widen(y, i, BF16) + delta[i]);
+}
+
+/* exp for x <= 0, off by 2 units in the last place at most; 0 below -87. Cephes' polynomial. */
+INLINE vec exp_vec(vec x) {
+    const vec floor = (vec){0} - 87.0f;
+    const uvec tiny = (uvec)(x < floor);
+    x = (vec)(((uvec)x & ~tiny) | ((uvec)floor & tiny));
+    const vec shift = (vec){0} + 0x1.8p23f;
+    const vec n = (x * 1.44269504f + shift) - shift;
+    const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const uvec power = (uvec)(__builtin_convertvector(n, ivec) + 127) << 23;
+    return (vec)((uvec)(p * (vec)power) & ~tiny);
+}
+
+INLINE vec larger(vec a, vec b) {
+    const uvec take = (uvec)(a > b);
+    return (vec)(((uvec)a & take) | ((uvec)b & ~take));
+}
+
+/* What one KV head's query heads see of one sequence: scores, softmax, weighted values. `query` (group, dim) is fp32 and
+   scaled; `scores` has room for group * padded; positions first ... length - 1 are seen. */
+INLINE void attend_group(const float *query, const void *keys, const void *values, const int64_t *blocks,
+                         int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim, float softcap,
+                         const float *sinks, float *scores, int64_t padded, float *out, const int type) {
+    for (int64_t l = first; l < length; l++) {
+        const int64_t row = (blocks[l / block_size] * block_size + l % block_size) * dim;
+        for (int64_t g = 0; g < group; g++) {
+            vec sums = {0};
+            for (int64_t d = 0; d < dim; d += LANES) sums += load_fp32(query + g * dim + d) * load(keys, row + d, type);
+            scores[g * padded + l - first] = sum(sums);
+        }
+    }
+    const int64_t seen = length - first;
+    for (int64_t g = 0; g < group; g++) {
+        float *const own = scores + g * padded;
+        for (int64_t l = 0; l < seen && softcap > 0; l++) own[l] = softcap * tanhf(own[l] / softcap);
+        for (int64_t l = seen; l < padded; l++) own[l] = -INFINITY;
+        vec most = (vec){0} + (sinks ? sinks[g] : -INFINITY), total = {0};
+        for (int64_t l = 0; l < padded; l += LANES) most = larger(load_fp32(own + l), most);
+        float best = most[0];
+        for (int lane = 1; lane < LANES; lane++) best = most[lane] > best ? most[lane] : best;
+        for (int64_t l = 0; l < padded; l += LANES) {
+            const vec weight = exp_vec(load_fp32(own + l) - best);
+            memcpy(own + l, &weight, sizeof weight);
+            total += weight;
+        }
+        const float share = 1 / (sum(total) + (sinks ? expf(sinks[g] - best) : 0));
+        for (int64_t l = 0; l < seen; l++) own[l] *= share;
+    }
+    for (int64_t d = 0; d < dim; d += LANES)
+        for (int64_t g = 0; g < group; g += HEADS) {
+            const int64_t heads = group - g < HEADS ? group - g : HEADS;
+            vec sums[HEADS] = {{0}};
+            for (int64_t l = first; l < length; l++) {
+                const int64_t row = (blocks[l / block_size] * block_size + l % block_size) * dim;
+                const vec value = load(values, row + d, type);
+                const float *const weight = scores + g * padded + l - first;
+                if (heads == HEADS)
+                    for (int64_t h = 0; h < HEADS; h++) sums[h] += weight[h * padded] * value;
+                else
+                    for (int64_t h = 0; h < heads; h++) sums[h] += weight[h * padded] * value;
+            }
+            for (int64_t h = 0; h < heads; h++) memcpy(out + (g + h) * dim + d, &sums[h], sizeof(vec));
+        }
+}
+
+static void NAME(attend_FP32)(const float *query, const void *keys, const void *values, const int64_t *blocks,
+                               int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim,
+                               float softcap, const float *sinks, float *scores, int64_t padded, float *out) {
+    attend_group(query, keys, values, blocks, block_size, first, length, group, dim, softcap, sinks, scores, padded,
+                 out, FP32);
+}
+
+static void NAME(attend_BF16)(const float *query, const void *keys, const void *values, const int64_t *blocks,
+                               int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim,
+                               float softcap, const float *sinks, float *scores, int64_t padded, float *out) {
+    attend_group(query, keys, values, blocks, block_size, first, length, group, dim, softcap, sinks, scores, padded,
+                 out, BF16);
+}
+
+#undef vec
+#undef uvec
+#undef ivec
+#undef hvec
+#undef load_fp32
+#undef load_bf16
+#undef load_fp16
+#undef load
+#undef load_some
+#undef sum
+#undef exp_vec
+#undef larger
+#undef attend_group
+#undef DOTS
+#undef SHRINK
+#undef SPREAD
+#undef EXPAND

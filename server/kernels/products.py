@@ -1,0 +1,102 @@
+"""The base's own products, y = W x without a bias, as this machine computes them fastest.
+
+A weight is packed once, when the base is loaded. What is chosen follows from what the processor has, never from a
+timing, so that a base answers alike after every start (docs/performance.md has the timings behind the rule):
+bf16 activations, on processors with bf16 products: the library's own order of the weight (oneDNN);
+fp32 activations of a checkpoint in half precision: the weight stays in 16 bits (FBGEMM), widened in registers. bf16
+numbers are fp16 numbers but for those near zero, which round by 2^-25 at most; a weight that has others stays in fp32.
+
+O out, I in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF_STEP = 2.0**-25  # half of the distance of fp16's smallest numbers
+TOKENS = 16  # of the steps that the packing is made for
+
+
+class Product(Protocol):
+    @property
+    def bytes(self) -> int:
+        """Memory that the weight takes."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., I) to (..., O)."""
+        ...
+
+    def weight(self) -> Tensor:
+        """(O, I) in fp32, not to be written to."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    weight_OI: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_OI.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_OI)
+
+    def weight(self) -> Tensor:
+        return self.weight_OI.float()
+
+
+class Ordered:
+    """bf16 in the order of oneDNN's own product."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.bytes = weight_OI.nbytes
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, TOKENS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        return y
+
+    def weight(self) -> Tensor:
+        dense: Tensor = self._packed.to_dense()
+        return dense.float()
+
+
+class Half:
+    """fp16 in memory, fp32 in the product and its result."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self.bytes = weight_OI.numel() * 2
+        self._packed: Any = torch.ops.quantized.linear_prepack_fp16(weight_OI.float(), None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self._packed)
+        return y
+
+    def weight(self) -> Tensor:
+        unpacked: Tensor = torch.ops.quantized.linear_unpack_fp16(self._packed)[0]
+        return unpacked.float()
+
+
+def fastest(weight_OI: Tensor, activations: torch.dtype, stored: torch.dtype) -> Product:
+    """The product of a weight. `stored` is the dtype of the checkpoint, from which it may have been widened."""
+    if weight_OI.device.type == "cpu":
+        if activations == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return Ordered(weight_OI)
+        if activations == torch.float32 and stored != torch.float32 and _fits_half(weight_OI):
+            return Half(weight_OI)
+    return Plain(weight_OI)
+
+
+def _fits_half(weight_OI: Tensor) -> bool:
+    """Whether FBGEMM is there, and fp16 holds every number of the weight."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return False
+    off = weight_OI.half().float().sub_(weight_OI.float()).abs_().max()
+    return bool(off <= HALF_STEP)  # an infinity is off by infinity, no number by none

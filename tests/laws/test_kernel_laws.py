@@ -1,0 +1,201 @@
+"""The fast paths of a CPU against their plain loops: the gathered low-rank product, decodes that read the cache where
+it is, and the base's packed products.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from server.kernels import native
+from server.kernels.gathered import Gathered, Row, Runs, Term, tabulate
+from server.kernels.products import Half, Ordered, Plain, fastest
+from server.model.attention import AttentionPlan, decode_gathered, decode_in_place
+from server.model.kv import KvCache
+from server.primitives.lowrank import LowRank, apply_loop
+from server.primitives.prefix import LayerShape
+
+CLOSE = 1e-4  # fp32, sums of up to a hundred products in another order
+CLOSE_BF16 = 2e-2  # one rounding of a result of size one to bf16, and one of a difference
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+built = pytest.mark.skipif(native.LIBRARY is None, reason="no C compiler was at hand when this was installed")
+
+
+def test_the_native_kernels_were_built_wherever_there_is_a_compiler() -> None:
+    assert native.LIBRARY is not None or shutil.which("cc") is None
+
+
+def low_rank(generator: torch.Generator, rank: int, inputs: int, outputs: int, stored: torch.dtype) -> LowRank:
+    A_RI = torch.randn(rank, inputs, generator=generator).to(stored)
+    B_RO = torch.randn(rank, outputs, generator=generator).to(stored)
+    return LowRank(A_RI, B_RO.t(), 0.25)
+
+
+@built
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    inputs=st.sampled_from([5, 16, 37, 96]),
+    outputs=st.lists(st.sampled_from([1, 7, 16, 130, 1100]), min_size=1, max_size=3),
+    ranks=st.lists(st.sampled_from([1, 2, 4, 8, 13, 64]), min_size=1, max_size=4),
+    counts=st.lists(st.integers(0, 27), min_size=1, max_size=5),
+    activations=st.sampled_from([torch.float32, torch.bfloat16]),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_the_gathered_product_is_the_plain_loop(
+    seed: int,
+    inputs: int,
+    outputs: list[int],
+    ranks: list[int],
+    counts: list[int],
+    activations: torch.dtype,
+    threads: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lows = [
+        [low_rank(generator, rank, inputs, wide, STORED[(column + place) % 3]) for place, wide in enumerate(outputs)]
+        for column, rank in enumerate(ranks)
+    ]
+    # Every second adapter has nothing at the last Linear, and the first group is empty for all.
+    rows: list[Row | None] = [
+        tabulate([[], [_term(low, place) for place, low in enumerate(own[: len(own) - column % 2])]])
+        for column, own in enumerate(lows)
+    ]
+    gates = torch.randint(-2, 3, (len(counts), len(ranks)), generator=generator) / 2
+    runs = Runs([(n, [(k, float(g)) for k, g in enumerate(row)]) for n, row in zip(counts, gates, strict=True)])
+    tokens = sum(counts)
+    x = torch.randn(tokens, inputs, generator=generator).to(activations)
+    wide = torch.randn(tokens, sum(outputs), generator=generator).to(activations)
+    ys = wide.split(outputs, 1)
+    expected = [
+        apply_loop(
+            y.double(),
+            x.double(),
+            gates.double().repeat_interleave(torch.tensor(counts), 0),
+            [(column, own[place]) for column, own in enumerate(lows) if place < len(own) - column % 2],
+        )
+        for place, y in enumerate(ys)
+    ]
+    gathered = Gathered(rows)
+    assert not gathered.acts(0) and not gathered.acts(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        gathered.add(1, x, ys, runs)
+    finally:
+        torch.set_num_threads(before)
+    for y, wanted in zip(ys, expected, strict=True):
+        close = CLOSE if activations == torch.float32 else CLOSE_BF16
+        torch.testing.assert_close(y.double(), wanted, rtol=close, atol=close * inputs)
+
+
+@built
+def test_tokens_without_a_gate_and_beside_an_overflow_are_the_same_to_the_bit() -> None:
+    generator = torch.Generator().manual_seed(1)
+    bad, good = (low_rank(generator, 4, 32, 48, torch.float32) for _ in range(2))
+    bad.A_RI.fill_(3e38)
+    gathered = Gathered([tabulate([[_term(bad, 0)]]), tabulate([[_term(good, 0)]])])
+    x, y = torch.randn(5, 32, generator=generator), torch.randn(5, 48, generator=generator)
+    alone, beside = y.clone(), y.clone()
+    gathered.add(0, x, [alone], Runs([(4, []), (1, [(1, 0.5)])]))
+    gathered.add(0, x, [beside], Runs([(1, []), (1, [(0, 1.0)]), (1, [(0, 0.0)]), (1, []), (1, [(1, 0.5), (0, 0.0)])]))
+    assert not beside[1].isfinite().all()
+    for token in (0, 2, 3, 4):
+        assert torch.equal(beside[token], alone[token])
+    assert torch.equal(alone[:4], y[:4]) and not torch.equal(alone[4], y[4])
+
+
+@built
+def test_runs_of_some_tokens_are_their_own_rows() -> None:
+    runs = Runs([(2, [(0, 1.0)]), (0, [(1, 9.0)]), (3, [(1, 2.0), (0, 3.0)])]).at([4, 0])
+    assert runs.tokens == 2
+    carried = [
+        [(int(pair["column"]), float(pair["gate"])) for pair in runs.pairs[run["first_pair"] :][: run["pairs"]]]
+        for run in runs.runs
+    ]
+    assert carried == [[(1, 2.0), (0, 3.0)], [(0, 1.0)]]
+
+
+@built
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 5, 7, 8]),
+    dim=st.sampled_from([16, 48, 128]),
+    window=st.sampled_from([None, 1, 9, 200]),
+    softcap=st.sampled_from([None, 3.0]),
+    sinks=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_decodes_in_place_are_what_they_are_over_a_copy(
+    seed: int,
+    lengths: list[int],
+    kv_heads: int,
+    group: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    dtype: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = 8
+    width = -(-max(lengths) // size)
+    cache = KvCache(
+        [LayerShape(kv_heads, dim)], blocks=width * len(lengths), block_size=size, dtype=dtype,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    for store in (cache.keys[0], cache.values[0]):
+        store.copy_(torch.randn(store.shape, generator=generator))
+    blocks = torch.randperm(cache.blocks, generator=generator).view(len(lengths), width)
+    plan = AttentionPlan(cache, torch.empty(0), torch.tensor(lengths), blocks, [])
+    heads = kv_heads * group
+    query = torch.randn(len(lengths), heads, dim, generator=generator).to(dtype).transpose(0, 1)
+    learned = torch.randn(heads, generator=generator).to(dtype) if sinks else None
+    asked = (plan, 0, window, dim**-0.5, softcap, learned)
+    close = CLOSE if dtype == torch.float32 else CLOSE_BF16
+    torch.testing.assert_close(decode_in_place(query, *asked), decode_gathered(query, *asked), rtol=close, atol=close)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([1, 2, 16, 33]),
+    inputs=st.sampled_from([16, 33, 96]),
+    outputs=st.sampled_from([8, 40, 129]),
+)
+def test_the_packed_products_are_the_plain_one(seed: int, tokens: int, inputs: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, tokens, inputs, generator=generator)
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16().float()
+    packed = fastest(weight, torch.float32, torch.bfloat16)
+    torch.testing.assert_close(packed(x), F.linear(x, weight), rtol=CLOSE, atol=CLOSE)
+    assert (packed.weight() - weight).abs().max() <= 2.0**-25
+    ordered = Ordered(weight)
+    torch.testing.assert_close(ordered(x), F.linear(x, weight), rtol=CLOSE, atol=CLOSE)
+    assert torch.equal(ordered.weight(), weight)
+
+
+def test_a_weight_stays_as_it_is_where_16_bits_would_change_it() -> None:
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    kinds = [Half, Plain] if "fbgemm" in torch.backends.quantized.supported_engines else [Plain, Plain]
+    assert type(fastest(weight, torch.float32, torch.bfloat16)) is kinds[0]
+    assert type(fastest(weight, torch.float32, torch.float32)) is Plain
+    for large in (1e6, 1 + 2.0**-12, float("inf"), float("nan")):
+        changed = weight.clone()
+        changed[3, 3] = large
+        assert type(fastest(changed, torch.float32, torch.bfloat16)) is Plain, large
+
+
+def _term(low: LowRank, place: int) -> Term:
+    B_RO: Tensor = low.B_OR.t()
+    return Term(low.A_RI, B_RO, low.scaling, place)
