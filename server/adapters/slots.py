@@ -136,8 +136,7 @@ class Slots:
 def has_place(graft: Graft, linears: Container[str]) -> bool:
     """Whether all that it does is done at these Linears, and has a place in a slot."""
     return all(
-        name in linears
-        and all(part.name in HELD or getattr(value, part.name) is None for part in fields(SiteValue))
+        name in linears and all(part.name in HELD or getattr(value, part.name) is None for part in fields(SiteValue))
         for name, value in graft.sites.items()
     )
 
