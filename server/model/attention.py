@@ -142,7 +142,12 @@ def attend(
 
 def _decode_for(query: Tensor, cache: KvCache) -> Callable[..., Tensor]:
     if query.is_cuda:
-        return decode_paged
+        # Only where there is a GPU: torch for CPUs comes without Triton.
+        from server.kernels.gpu.attention import proved
+
+        _, heads, _, dim = query.shape
+        paged = proved(query.device, query.dtype, heads, cache.keys[0].shape[0], dim)
+        return decode_paged if paged else decode_gathered
     return decode_in_place if in_place(query, cache) else decode_gathered
 
 
@@ -156,7 +161,6 @@ def decode_paged(
     sinks_H: Tensor | None,
 ) -> Tensor:
     """By a GPU's kernel, from where the cache is."""
-    # Only where there is a GPU: torch for CPUs comes without Triton.
     from server.kernels.gpu import attention as on_gpu
 
     assert plan.decode_blocks_BN is not None and plan.decode_lengths_B is not None

@@ -16,7 +16,7 @@ from server.primitives.prefix import LayerShape
 
 pytest.importorskip("triton", reason="triton has wheels for Linux on x86_64 only")
 
-from server.kernels.gpu.attention import SEGMENT, decode_loop, decode_paged
+from server.kernels.gpu.attention import SEGMENT, decode_loop, decode_paged, proved
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of values of order one: a few roundings
@@ -98,3 +98,9 @@ def test_a_sequence_has_the_same_bits_alone(seed: int, lengths: list[int]) -> No
     own = blocks[:1, : -(-lengths[0] // 16)].contiguous()
     alone = decode_paged(query[:, :1], cache.keys[0], cache.values[0], own, length[:1], **how)
     assert torch.equal(together[:1], alone)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_it_proves_itself_where_it_is_right_and_not_where_it_fails(dtype: torch.dtype) -> None:
+    assert proved(DEVICE, dtype, 6, 2, 8)
+    assert not proved(torch.device("meta"), dtype, 6, 2, 8)

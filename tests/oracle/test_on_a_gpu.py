@@ -74,7 +74,6 @@ def test_every_kind_with_graphs_on_equals_peft_alone(
                 expected = _logits(reference, ids, prompt_length=len(requests[index][0]))
                 error = (served[index].cpu() - expected).abs().max().item()
                 assert error < TOLERANCE, f"{kind} {index} on {architecture} differs by {error:.1e}"
-            assert rig.runner is not None
-            assert (rig.runner.replays > 0) == (together is placed), f"{kind}: {rig.runner.replays} replays"
+            assert together is not placed or (rig.runner is not None and rig.runner.replays), f"{kind}: no graph"
             bare = alone.run([(ids, []) for ids, _ in requests], new=NEW_TOKENS)
             assert torch.equal(served[-1], bare[-1]), f"the base is not the same beside {kind}"

@@ -13,6 +13,9 @@ cache: Kwon et al. 2023 (arXiv:2309.06180); sinks: transformers 5.23, models/gpt
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +23,11 @@ from torch import Tensor
 
 from server.kernels.gpu.operand import operand_of
 
+log = logging.getLogger(__name__)
+
+PAGE = 16
+# Of values of order one: a few roundings.
+PROOF = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 SEGMENT = 512
 BLOCK = 64  # positions of one product
 EVERYTHING = 1 << 30  # a window that no context reaches
@@ -91,6 +99,45 @@ def decode_paged(
         SEGMENT=SEGMENT,
     )
     return out_BHD
+
+
+@lru_cache
+def proved(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> bool:
+    """Whether `decode_paged` has shown on this device that it equals `decode_loop`. Asked once for a shape of layer.
+
+    A kernel that a device's compiler refuses, or gets wrong, must not serve.
+    """
+    rng = torch.Generator().manual_seed(0)
+    query, keys, values, sinks = (
+        torch.randn(*shape, generator=rng).to(device, dtype)
+        for shape in ((heads, 2, dim), (kv_heads, 5 * PAGE, dim), (kv_heads, 5 * PAGE, dim), (heads,))
+    )
+    blocks, lengths = (torch.tensor(rows, device=device) for rows in ([[4, 1, 3], [2, 2, 2]], [2 * PAGE + 3, 5]))
+    try:
+        for window, softcap, sinks_H in ((None, None, None), (PAGE + 1, 2.0, sinks)):
+            made, plain = (
+                decode(
+                    query,
+                    keys,
+                    values,
+                    blocks,
+                    lengths,
+                    block_size=PAGE,
+                    scale=dim**-0.5,
+                    window=window,
+                    softcap=softcap,
+                    sinks_H=sinks_H,
+                )
+                for decode in (decode_paged, decode_loop)
+            )
+            error = (made.cpu().float() - plain.cpu().float()).abs().max().item()
+            if not error <= PROOF[dtype]:
+                log.warning("paged attention is off by %.1e on %s and does not serve", error, device)
+                return False
+    except Exception as error:  # noqa: BLE001  whatever a compiler may raise: the plain way serves
+        log.warning("paged attention does not serve on %s: %s", device, error)
+        return False
+    return True
 
 
 def decode_loop(

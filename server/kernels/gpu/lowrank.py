@@ -301,12 +301,14 @@ def _expand(
         if tile == 0:
             bias_address = tl.load(bias_ptr + entry)
             if bias_address != 0:
-                bias = tl.load(bias_address.to(tl.pointer_type(element)) + feature, mask=inside, other=0.0)
+                bias_at = tl.multiple_of(bias_address.to(tl.pointer_type(element)), _ALIGNMENT)
+                bias = tl.load(bias_at + feature, mask=inside, other=0.0)
                 added += tl.where(carries[:, None], gate[:, None] * bias.to(tl.float32)[None, :], 0.0)
                 touched = touched | carries
             excess_address = tl.load(excess_ptr + entry)
             if excess_address != 0:
-                excess = tl.load(excess_address.to(tl.pointer_type(element)) + feature, mask=inside, other=0.0)
+                excess_at = tl.multiple_of(excess_address.to(tl.pointer_type(element)), _ALIGNMENT)
+                excess = tl.load(excess_at + feature, mask=inside, other=0.0)
                 factor += tl.where(carries[:, None], gate[:, None] * excess.to(tl.float32)[None, :], 0.0)
                 touched = touched | carries
     place = y_ptr + token[:, None] * y_stride + first + feature[None, :]
