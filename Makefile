@@ -8,7 +8,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test lint bench bench-peers install clean
+.PHONY: demo test lint bench bench-peers gpu install clean
 
 demo: $(STAMP)  ## train four adapters, push, serve, fuse, swap: the whole of it on the embedded base
 	@$(BIN)/hub demo $(DEMO)
@@ -30,6 +30,9 @@ bench-peers: $(STAMP)  ## every scenario beside vLLM, llama.cpp, PEFT and OpenVI
 	@$(BIN)/python -m benchmarks.install
 	@$(BIN)/python -m benchmarks.serving all $(BENCH)
 	@$(BIN)/python -m benchmarks.page
+
+gpu: $(STAMP)  ## all that only a GPU can show: proofs, then figures (under ten minutes)
+	@$(BIN)/python -m benchmarks.gpu $(GPU)
 
 install: $(STAMP)
 

@@ -13,7 +13,7 @@ models/gpt_oss/modeling_gpt_oss.py `eager_attention_forward`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,7 @@ def read_cache(
     start = 0
     if plan.decode_blocks_BN is not None:
         start = plan.decode_blocks_BN.shape[0]
-        decode = decode_in_place if in_place(query_HTD, plan.cache, query_HTD.shape[-1]) else decode_gathered
+        decode = _decode_for(query_HTD, plan.cache)
         parts.append(decode(query_HTD[:, :start], plan, layer, window, scale, softcap, sinks_H))
     for index, span in enumerate(plan.spans):
         keys, values = plan.cache.gather(layer, span.blocks_1N)
@@ -155,6 +155,44 @@ def read_cache(
 def in_place(x: Tensor, cache: KvCache, dim: int) -> bool:
     """Whether the native kernels can work on the cache where it is, with activations like x and heads of `dim`."""
     return native.serves(x.device, x.dtype) and cache.keys[0].dtype == x.dtype and dim % native.LANES == 0
+
+
+def _decode_for(query_HTD: Tensor, cache: KvCache) -> Callable[..., Tensor]:
+    heads, _, dim = query_HTD.shape
+    if query_HTD.is_cuda:
+        # Only where there is a GPU: torch for CPUs comes without Triton.
+        from server.kernels.gpu.attention import proved
+
+        paged = proved(query_HTD.device, query_HTD.dtype, heads, cache.keys[0].shape[0], dim)
+        return decode_paged if paged else decode_gathered
+    return decode_in_place if in_place(query_HTD, cache, dim) else decode_gathered
+
+
+def decode_paged(
+    query_HBD: Tensor,
+    plan: AttentionPlan,
+    layer: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """By a GPU's kernel, from where the cache is."""
+    from server.kernels.gpu import attention as on_gpu
+
+    assert plan.decode_blocks_BN is not None and plan.decode_lengths_B is not None
+    return on_gpu.decode_paged(
+        query_HBD,
+        plan.cache.keys[layer],
+        plan.cache.values[layer],
+        plan.decode_blocks_BN,
+        plan.decode_lengths_B,
+        block_size=plan.cache.block_size,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks_H=sinks_H,
+    )
 
 
 def decode_in_place(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from server.kernels.gathered import Gathered
 from server.model.attention import AttentionPlan, Span
-from server.model.grafted import GraftedEmbedding, GraftedLinear
+from server.model.grafted import GraftedEmbedding, GraftedLinear, Joint
 from server.model.kv import KvCache
 from server.model.places import Places
 from server.primitives.experts import ParameterShape
@@ -138,6 +138,11 @@ class Network:
             return grafted.weight.detach().float()
         assert isinstance(grafted, GraftedLinear)
         return grafted.weight()
+
+    def joints(self) -> list[Joint]:
+        """The Linears that adapters may change, those that read the same input together."""
+        linears = [module for module in self._stock.modules() if isinstance(module, GraftedLinear)]
+        return list({id(linear.joint): linear.joint for linear in linears}.values())
 
     def new_cache(self, blocks: int, block_size: int) -> KvCache:
         facts = self.facts

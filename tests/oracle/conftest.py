@@ -23,7 +23,7 @@ from server.adapters.lowering.table import lower
 from server.adapters.lowering.target import Lowered, Target
 from server.config import ModelConfig
 from server.engine.loop import ProbeLease, course_of
-from server.engine.pack import NO_ROUTES, block_rows, pack_step
+from server.engine.pack import NO_ROUTES, Packed, block_rows, pack_step
 from server.engine.pack_routes import read_shares
 from server.kernels import native
 from server.model.load import load_network
@@ -232,6 +232,10 @@ class Bench:
             prefix = self.network.compile_prefix(lowered.soft_prompt_VE, block_size=self.block_size)
         return lowered.graft(digest or str(folder), folder.name, prefix)
 
+    def forward(self, packed: Packed, bank: Bank, terms: Sequence[tuple[Graft, float]]) -> Tensor:
+        """The logits of a step, in which these terms are at work."""
+        return self.network.forward(packed.batch)
+
     def joined(self, mixture: Sequence[tuple[Graft, float]]) -> Prefix | None:
         """What the adapter store does with several prefixes."""
         prefix: Prefix | None = None
@@ -291,7 +295,7 @@ class Bench:
                 if id_ in routes
             }
             packed = pack_step(step, cache, bank, grafts, whole, routes=routed, traced=frozenset(routed))
-            out = self.network.forward(packed.batch)
+            out = self.forward(packed, bank, [term for chunk in step.chunks for term in grafts[chunk.sequence.id]])
             if packed.routed is not None:
                 for id_, read in read_shares(packed.routed, frozenset(routed), len(self.network.facts.layers)).items():
                     self.shares.setdefault(id_, []).extend(read)

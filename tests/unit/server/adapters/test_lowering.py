@@ -474,7 +474,9 @@ def from_file(given: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_factors_of_a_lora_keep_the_files_dtype_rank_by_rank_with_their_scaling_beside_them(dtype: torch.dtype) -> None:
+def test_the_factors_of_a_lora_keep_the_files_dtype_and_lie_rank_by_rank_their_scaling_beside(
+    dtype: torch.dtype,
+) -> None:
     given = from_file(tensors("lora", Q, V), dtype)
     found = lowered("lora", given)
     for module in (Q, V):
