@@ -25,7 +25,7 @@
 #define OUTPUTS 1024    /* columns of B of one piece of work */
 #define MEMBERS 8       /* Linears that read the same input, at most */
 #define WIDEST 16       /* floats of the longest vector register */
-#define FEW 8192        /* numbers that one thread does faster alone */
+#define FEW 65536       /* products and sums that one thread does before another has begun */
 #define HEADS 4         /* query heads that share one pass over the values */
 
 enum { FP32, BF16, FP16 };
@@ -135,6 +135,8 @@ static const loops_t *loops(void) {
     return &any;
 }
 
+static int threads_for(int64_t work, int threads) { return work < FEW ? 1 : threads; }
+
 static int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 /* Room that the calling thread keeps from call to call. */
@@ -200,7 +202,7 @@ int mg_lowrank(const void *x, int64_t x_row, int64_t tokens, int64_t inputs, int
     float *const middles = room(needed + widened);
     if (!middles) return -1;
     float *const wide_x = middles + needed;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads_for(needed * inputs, threads))
     {
         const int me = omp_get_thread_num(), all = omp_get_num_threads();
         const float *own_x = x;
@@ -261,8 +263,10 @@ int mg_attend(const void *query, int64_t head_row, int64_t token_row, void *out,
               float scale, float softcap, const float *sinks, int threads) {
     const loops_t *const fast = loops();
     const int64_t group = heads / kv_heads, size = type == FP32 ? 4 : 2;
+    int64_t seen = 0;
     int failed = 0;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t b = 0; b < sequences; b++) seen += lengths[b];
+#pragma omp parallel for num_threads(threads_for(seen * heads * dim, threads)) schedule(dynamic, 1)
     for (int64_t n = 0; n < sequences * kv_heads; n++) {
         const int64_t b = n / kv_heads, head = n % kv_heads, length = lengths[b];
         const int64_t first = window && length > window ? length - window : 0;
@@ -298,7 +302,7 @@ static void *moved(const void *p, int64_t numbers, int type) { return (char *)p 
 void mg_norm(const void *x, int64_t x_row, int64_t rows, int64_t count, const void *weight, float offset, float eps,
              void *out, int type, int threads) {
     const loops_t *const fast = loops();
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * count > FEW)
+#pragma omp parallel for num_threads(threads_for(rows * count, threads)) schedule(static)
     for (int64_t n = 0; n < rows; n++)
         fast->norm[type](moved(x, n * x_row, type), weight, offset, eps, moved(out, n * count, type), count);
 }
@@ -307,7 +311,7 @@ void mg_norm(const void *x, int64_t x_row, int64_t rows, int64_t count, const vo
 void mg_swiglu(const void *a, int64_t a_row, const void *b, int64_t b_row, int64_t rows, int64_t count, void *out,
                int type, int threads) {
     const loops_t *const fast = loops();
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * count > FEW)
+#pragma omp parallel for num_threads(threads_for(rows * count, threads)) schedule(static)
     for (int64_t n = 0; n < rows; n++)
         fast->swiglu[type](moved(a, n * a_row, type), moved(b, n * b_row, type), moved(out, n * count, type), count);
 }
@@ -321,7 +325,7 @@ void mg_rotate_and_store(void *query, int64_t query_row, const void *key, int64_
                          const void *cos, const void *sin, int64_t rotated, const int64_t *places, void *keys,
                          void *values, int64_t rows, int type, int threads) {
     const loops_t *const fast = loops();
-#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * heads * dim > FEW)
+#pragma omp parallel for num_threads(threads_for(tokens * heads * dim, threads)) schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         const void *const c = moved(cos, t * rotated, type), *const s = moved(sin, t * rotated, type);
         for (int64_t h = 0; h < heads; h++) {

@@ -199,3 +199,76 @@ def test_a_weight_stays_as_it_is_where_16_bits_would_change_it() -> None:
 def _term(low: LowRank, place: int) -> Term:
     B_RO: Tensor = low.B_OR.t()
     return Term(low.A_RI, B_RO, low.scaling, place)
+
+
+@built
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([1, 3, 40]),
+    features=st.sampled_from([1, 7, 16, 33, 4864]),
+    offset=st.sampled_from([0.0, 1.0]),
+    size=st.sampled_from([1e-3, 1.0, 50.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_norms_and_gated_units_in_one_pass_are_torchs(
+    seed: int, tokens: int, features: int, offset: float, size: float, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    wide = (torch.randn(1, tokens, 2 * features, generator=generator) * size).to(dtype)
+    x, other = wide.split(features, 2)
+    weight = torch.randn(features, generator=generator).to(dtype)
+    close = CLOSE if dtype == torch.float32 else CLOSE_BF16
+    normed = native.rms_norm(x, weight, offset=offset, eps=1e-6)
+    expected = F.rms_norm(x.double(), (features,), weight.double() + offset, 1e-6)
+    torch.testing.assert_close(normed.double(), expected, rtol=close, atol=close)
+    gated = native.swiglu(x[0], other[0])
+    torch.testing.assert_close(gated.double(), F.silu(x[0].double()) * other[0].double(), rtol=close, atol=close)
+
+
+@built
+def test_what_is_no_number_is_none_after_a_gated_unit_and_a_norm() -> None:
+    x = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf, -1e30]])
+    gated = native.swiglu(x, torch.ones_like(x))[0]
+    assert gated[1].isnan() and gated[2] == torch.inf and gated[4] == 0
+    assert native.rms_norm(x, torch.ones(5), offset=0.0, eps=1e-6).isnan().any()
+
+
+@built
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([1, 5, 70]),
+    heads=st.sampled_from([1, 6]),
+    kv_heads=st.sampled_from([1, 2]),
+    rotated=st.sampled_from([2, 6, 16, 48]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_keys_are_rotated_on_their_way_to_the_cache(
+    seed: int, tokens: int, heads: int, kv_heads: int, rotated: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    dim, rows = 48, tokens + 9
+    joint = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=generator).to(dtype)
+    query, key, value = (
+        part.view(tokens, -1, dim) for part in joint.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    )
+    angles = torch.rand(tokens, rotated // 2, generator=generator).repeat(1, 2) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def turned(x: Tensor) -> Tensor:
+        low, high = x[..., : rotated // 2].double(), x[..., rotated // 2 : rotated].double()
+        turned = x[..., :rotated].double() * cos[:, None].double() + torch.cat([-high, low], -1) * sin[:, None].double()
+        return torch.cat([turned, x[..., rotated:].double()], -1)
+
+    wanted_query, wanted_key, wanted_value = turned(query), turned(key), value.clone()
+    places = torch.randperm(rows, generator=generator)[:tokens]
+    keys, values = (torch.full((kv_heads, rows, dim), 7.0, dtype=dtype) for _ in range(2))
+    native.rotate_and_store(query, key, value, cos, sin, places, keys, values)
+    close = CLOSE if dtype == torch.float32 else CLOSE_BF16
+    torch.testing.assert_close(query.double(), wanted_query, rtol=close, atol=close)
+    torch.testing.assert_close(keys[:, places].transpose(0, 1).double(), wanted_key, rtol=close, atol=close)
+    assert torch.equal(values[:, places].transpose(0, 1), wanted_value)
+    others = torch.ones(rows, dtype=torch.bool)
+    others[places] = False
+    assert (keys[:, others] == 7).all() and (values[:, others] == 7).all()

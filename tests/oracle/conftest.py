@@ -54,9 +54,9 @@ SMALL: dict[str, Any] = {
 }
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "head_dim": 16},
     "qwen3": {"head_dim": 16},
-    "mistral": {"sliding_window": 6},
+    "mistral": {"sliding_window": 6, "head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6},
     "phi": {},
     "phi3": {"sliding_window": 6},
