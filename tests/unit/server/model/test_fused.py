@@ -1,4 +1,4 @@
-"""Native attentions and MLPs: where a base's modules are known, after the proof at load, and equal to the stock ones."""
+"""Native attentions and MLPs: where a base's modules are known, and proved at load; equal to the stock ones."""
 
 from __future__ import annotations
 
