@@ -27,6 +27,7 @@ from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
 from server.model.norms import norm_inputs
 from server.model.places import Places, find_anatomy
+from server.model.quantize import hold, loader_options, multiplied_with
 from server.primitives.site import Active
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 PROBE_TOKENS = 12
 # Relative to the largest logit. Half precision accumulates in another order in the packed products.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-# bitsandbytes' fused CPU products differ from its own dequantised ones (NF4 by 0.3 % of the weights).
+# Against the weights as they are held: int8 products round activations, too (0.4 % of a token's largest), and
+# bitsandbytes' fused ones round scales and sums (NF4 by 0.3 % of the weights).
 QUANTIZED_PROBE_TOLERANCE = 1e-1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PER_FORWARD_ROPE = ("dynamic", "longrope")
@@ -53,7 +55,13 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     if not stock._can_set_attn_implementation():  # type: ignore[operator]
         raise StartupRefused(f"base {name}: architecture {shape.model_type} has its own attention, not transformers'")
     probes = _probes(shape.vocab_size)
-    with torch.inference_mode(), norm_inputs(stock) as seen, linear_inputs(stock) as inputs:
+    held = hold(config.quantize, stock, device)
+    with (
+        torch.inference_mode(),
+        multiplied_with(stock, held),
+        norm_inputs(stock) as seen,
+        linear_inputs(stock) as inputs,
+    ):
         expected = [stock(input_ids=ids.to(device)[None], use_cache=False).logits[0].float() for ids in probes]
     AttentionInterface.register(attention.NAME, attention.attend)
     stock.set_attn_implementation(attention.NAME)  # type: ignore[operator]
@@ -63,7 +71,8 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     if sorted(recorder.layers) != list(range(depth)):
         raise StartupRefused(f"base {name}: attention ran in layers {sorted(recorder.layers)}, the base has {depth}")
     with torch.no_grad():
-        sites = graft_network(stock, active, seen, [len(ids) for ids in probes], inputs=inputs, stored=_stored(shape))
+        lengths = [len(ids) for ids in probes]
+        sites = graft_network(stock, active, seen, lengths, inputs=inputs, stored=_stored(shape), held=held)
     # After the grafting: what adds to the stream is then a module with everything that adapters change in it.
     again = partial(_record, stock, probes[0].to(device), name)
     places = Places(find_anatomy(stock, recorder.modules, again), active)
@@ -93,10 +102,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
 
 
 def _stock(config: ModelConfig, folder: Path, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    options: dict[str, object] = {}
-    if config.quantize != "none":
-        options["quantization_config"] = _quantization(config.quantize, dtype)
-        options["device_map"] = str(device)
+    options = loader_options(config.quantize, dtype, device)
     try:
         stock = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", local_files_only=True, **options
@@ -105,21 +111,6 @@ def _stock(config: ModelConfig, folder: Path, name: str, dtype: torch.dtype, dev
         raise StartupRefused(f"base {name} cannot be loaded: {error}") from error
     model: nn.Module = stock.eval().requires_grad_(False)
     return model if options else model.to(device)
-
-
-def _quantization(method: str, dtype: torch.dtype) -> object:
-    from transformers import BitsAndBytesConfig
-
-    if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if method == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    raise StartupRefused(f"--quantize {method}: known are none, nf4, int8")
 
 
 def _device(asked: str) -> torch.device:
