@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.errors import StartupRefused
-from server.kernels.quantized import Held, largest_code, round_rows
+from server.kernels.quantized import BLOCK, Coded, Held, largest_code, pack, round_float8, round_rows
 from server.model.weights import base_weight
 
-METHODS = ("none", "int8", "nf4")
+METHODS = ("none", "int8", "nf4", "fp8")
 
 
 def loader_options(method: str, dtype: torch.dtype, device: torch.device) -> dict[str, object]:
@@ -43,21 +44,60 @@ def loader_options(method: str, dtype: torch.dtype, device: torch.device) -> dic
 
 
 def hold(method: str, network: nn.Module, device: torch.device) -> dict[str, Held]:
-    """The weights that are to be held in few bits, by the names of their Linears."""
-    if method != "int8" or device.type != "cpu":
-        return {}
-    linears = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    return {name: round_rows(base_weight(module), largest_code()) for name, module in linears}
+    """The weights that are to be held in few bits, by the names of their Linears.
+
+    The head chooses among the whole vocabulary: below 8 bits, and in float8, it would lose most (docs/performance.md),
+    so it has int8 there.
+    """
+    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    held: dict[str, Held] = {}
+    for name, module in linears.items():
+        if method == "fp8" and not _is_head(network, module):
+            held[name] = round_float8(base_weight(module))
+        elif method == "int8" or (method in ("nf4", "fp8") and _is_head(network, module)):
+            if device.type == "cpu":
+                held[name] = round_rows(base_weight(module), largest_code())
+        elif device.type == "cpu" and (coded := _codes_of_bitsandbytes(module)) is not None:
+            held[name] = coded
+    return held
+
+
+def _is_head(network: nn.Module, module: nn.Module) -> bool:
+    return module is network.get_output_embeddings()  # type: ignore[operator]
+
+
+def _codes_of_bitsandbytes(module: nn.Module) -> Coded | None:
+    """What NF4 and FP4 weights are, before a CPU packs them anew; rows that blocks cannot be told of stay theirs."""
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    outputs, inputs = state.shape
+    if inputs % BLOCK or state.blocksize % BLOCK:
+        return None
+    pairs = weight.detach().flatten()
+    codes_OI = torch.stack([pairs >> 4, pairs & 15], 1).view(outputs, inputs)
+    scales = state.absmax
+    if state.nested:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        scales = dequantize_blockwise(scales, state.state2) + state.offset
+    if inputs % state.blocksize:  # a block goes on in the next row
+        scales = scales.repeat_interleave(state.blocksize // BLOCK)[: outputs * inputs // BLOCK]
+    return Coded(pack(codes_OI), state.code.float(), scales.float().view(outputs, -1))
 
 
 @contextmanager
 def multiplied_with(network: nn.Module, held: Mapping[str, Held]) -> Iterator[None]:
-    """Until the end of the block, the network's own Linears multiply with what is held, widened."""
+    """Until the end of the block, the network's own Linears multiply with what is held, widened. bitsandbytes' do by
+    themselves.
+    """
     hooks = [
         network.get_submodule(name).register_forward_hook(
             lambda module, inputs, _, own=own: F.linear(inputs[0], own.weight().to(inputs[0].dtype), _bias(module))
         )
         for name, own in held.items()
+        if type(network.get_submodule(name)) in (nn.Linear, Conv1D)
     ]
     try:
         yield
