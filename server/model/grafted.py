@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.kernels.native import MEMBERS
-from server.kernels.products import Product, fastest
+from server.kernels.products import Plain, Product, fastest
 from server.kernels.quantized import Held
 from server.model.norms import Unit, embedding_factor, norm_shape, prove_norm
 from server.model.weights import Stock
@@ -261,6 +261,15 @@ def graft_network(
             continue
         _replace(network, name, grafted)
     return Sites({name: shapes[name] for name in linears}, norms, embedding, groups)
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """What the weights of a grafted network take, each counted once."""
+    own = {weight.data_ptr(): weight.nbytes for weight in network.parameters()}
+    joints = {id(module.joint): module.joint for module in network.modules() if isinstance(module, GraftedLinear)}
+    products = [joint.product for joint in joints.values()]
+    shared = [one for one in products if isinstance(one, Plain) and one.weight_OI.data_ptr() in own]
+    return sum(own.values()) + sum(one.bytes for one in products) - sum(one.bytes for one in shared)
 
 
 def _groups(

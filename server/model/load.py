@@ -22,7 +22,7 @@ from server.errors import StartupRefused
 from server.model import attention
 from server.model.attention import ShapeRecorder, UnsupportedAttention
 from server.model.experts import graft_experts
-from server.model.grafted import graft_network, linear_inputs
+from server.model.grafted import graft_network, linear_inputs, weight_bytes
 from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
 from server.model.norms import norm_inputs
@@ -95,6 +95,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         parameters=graft_experts(stock, active),
         decoder_layers=decoder_layers,
         groups=sites.groups,
+        weight_bytes=weight_bytes(stock),
     )
     network = Network(stock, facts, active, places)
     _prove(network, probes, expected)
@@ -202,7 +203,13 @@ def _prove(network: Network, probes: list[Tensor], expected: list[Tensor]) -> No
             f"base {facts.name}: packed logits differ from transformers' own by {error_:.1e} (limit {limit:g}); "
             "this architecture is not served"
         )
-    log.info("base %s proved: packed logits differ by %.1e (limit %g)", facts.name, error_, limit)
+    log.info(
+        "base %s proved: packed logits differ by %.1e (limit %g); its weights take %.1f MiB",
+        facts.name,
+        error_,
+        limit,
+        facts.weight_bytes / 2**20,
+    )
 
 
 def _end_ids(stock: nn.Module) -> frozenset[int]:
