@@ -9,6 +9,7 @@ transformers only logs a warning for architectures that ignore the interface, an
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from server.config import ModelConfig
 from server.errors import StartupRefused
 from server.model import attention
 from server.model.attention import ShapeRecorder, UnsupportedAttention
+from server.model.checkpoints import OURS, PARTS, brought, read_codes, unquantized
 from server.model.experts import graft_experts
 from server.model.grafted import graft_network, linear_inputs, weight_bytes
 from server.model.layers import announce_layers, find_layers
@@ -51,11 +53,21 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         raise StartupRefused(f"base {name}: {error}") from error
     dtype = _dtype(config.dtype, shape, device)
     _refuse_rope(shape, name)
-    stock = _stock(config, folder, name, dtype, device)
+    quantized = brought(shape, config.quantize)
+    coded = quantized is not None and quantized["quant_method"] in OURS
+    options = loader_options(config.quantize, dtype, device)
+    if coded:
+        options["config"] = unquantized(shape)
+    elif quantized is not None:
+        options["device_map"] = str(device)
+    stock = _stock(folder, name, dtype, device, options)
     if not stock._can_set_attn_implementation():  # type: ignore[operator]
         raise StartupRefused(f"base {name}: architecture {shape.model_type} has its own attention, not transformers'")
     probes = _probes(shape.vocab_size)
     held = hold(config.quantize, stock, device)
+    if coded:
+        assert quantized is not None
+        held |= read_codes(folder, quantized, stock)
     with (
         torch.inference_mode(),
         multiplied_with(stock, held),
@@ -91,7 +103,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         end_ids=_end_ids(stock),
         dtype=dtype,
         device=device,
-        quantized=config.quantize != "none",
+        quantized=config.quantize != "none" or quantized is not None,
         parameters=graft_experts(stock, active),
         decoder_layers=decoder_layers,
         groups=sites.groups,
@@ -102,16 +114,33 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     return network
 
 
-def _stock(config: ModelConfig, folder: Path, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    options = loader_options(config.quantize, dtype, device)
+def _stock(
+    folder: Path, name: str, dtype: torch.dtype, device: torch.device, options: Mapping[str, object]
+) -> nn.Module:
     try:
-        stock = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True, **options
+        stock, told = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise StartupRefused(f"base {name} cannot be loaded: {error}") from error
+    if "config" in options:
+        _check_whole(name, told)
     model: nn.Module = stock.eval().requires_grad_(False)
-    return model if options else model.to(device)
+    return model if "device_map" in options else model.to(device)
+
+
+def _check_whole(name: str, told: Mapping[str, Any]) -> None:
+    """Only codes may have been left over, and only weights that codes stand for may be missing."""
+    left = {key for key in told["unexpected_keys"] if key.rpartition(".")[2] not in PARTS}
+    coded = {key.rpartition(".")[0] for key in told["unexpected_keys"]} - left
+    absent = {key for key in told["missing_keys"] if key.removesuffix(".weight") not in coded}
+    if left or absent:
+        raise StartupRefused(f"base {name}: {min(left | absent)} of the checkpoint does not fit the architecture")
 
 
 def _device(asked: str) -> torch.device:
