@@ -42,6 +42,10 @@ class Held(Protocol):
         """(O, I) in fp32: exactly what is multiplied with."""
         ...
 
+    def reference(self, x: Tensor) -> Tensor:
+        """The product by plain operations on the widened weight, with all that `product` rounds."""
+        ...
+
     def kin(self) -> Hashable:
         """Weights of equal kin can be held side by side."""
         ...
@@ -58,6 +62,10 @@ class Rows:
 
     def weight(self) -> Tensor:
         return self.codes_OI.float().mul_(self.scales_O[:, None])
+
+    def reference(self, x: Tensor) -> Tensor:
+        scaled, scales = _scaled(x)
+        return F.linear(scaled.round_() * scales, self.weight()).to(x.dtype)
 
     def kin(self) -> Hashable:
         return "int8"
@@ -149,6 +157,9 @@ class Coded:
     def weight(self) -> Tensor:
         weight_OI = torch.cat([self.rows(first, first + TILE) for first in range(0, len(self.codes), TILE)])
         return weight_OI if self.order_I is None else weight_OI[:, torch.argsort(self.order_I)]
+
+    def reference(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight().to(x.dtype))
 
     def rows(self, first: int, end: int) -> Tensor:
         """These outputs' weights, their columns as they are held."""

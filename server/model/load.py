@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 PROBE_TOKENS = 12
 # Relative to the largest logit. Half precision accumulates in another order in the packed products.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-# Against the weights as they are held: int8 products round activations, too (0.4 % of a token's largest), and
-# bitsandbytes' fused ones round scales and sums (NF4 by 0.3 % of the weights).
+# Against plain products with the weights as they are held: a number just between two codes of int8 may round to either,
+# and bitsandbytes' fused products round scales and sums (NF4 by 0.3 % of the weights).
 QUANTIZED_PROBE_TOLERANCE = 1e-1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PER_FORWARD_ROPE = ("dynamic", "longrope")

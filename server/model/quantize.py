@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -89,12 +88,12 @@ def _codes_of_bitsandbytes(module: nn.Module) -> Coded | None:
 
 @contextmanager
 def multiplied_with(network: nn.Module, held: Mapping[str, Held]) -> Iterator[None]:
-    """Until the end of the block, the network's own Linears multiply with what is held, widened. bitsandbytes' do by
-    themselves.
+    """Until the end of the block, the network's own Linears answer as what is held does by plain operations.
+    bitsandbytes' do by themselves.
     """
     hooks = [
         network.get_submodule(name).register_forward_hook(
-            lambda module, inputs, _, own=own: F.linear(inputs[0], own.weight().to(inputs[0].dtype), _bias(module))
+            lambda module, inputs, _, own=own: _with_bias(own.reference(inputs[0]), module.bias)
         )
         for name, own in held.items()
         if type(network.get_submodule(name)) in (nn.Linear, Conv1D)
@@ -106,5 +105,5 @@ def multiplied_with(network: nn.Module, held: Mapping[str, Held]) -> Iterator[No
             hook.remove()
 
 
-def _bias(module: nn.Module) -> Tensor | None:
-    return module.bias if isinstance(module.bias, Tensor) else None
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias

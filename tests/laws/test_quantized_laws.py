@@ -72,6 +72,7 @@ def test_int8_is_the_dense_product_of_rounded_tokens(
         y = product(x)
         assert y.dtype == dtype and y.shape == wanted.shape
         assert ((y.double() - wanted).abs() <= room).all()
+    assert ((whole.reference(x).double() - wanted).abs() <= room).all()
     joint = held[0].product(held[1:])
     assert torch.equal(joint.weight(), dense) and joint.bytes >= dense.numel()
 

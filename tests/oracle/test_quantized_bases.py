@@ -4,6 +4,7 @@ the weights that the quantized one multiplies with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,17 @@ VISIBLE = 0.06  # an adapter that moves the logits by less would not be seen bes
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128}  # bitsandbytes packs outputs by 32, inputs by 64
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "phi", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("stored", LIMITS)
+def test_other_bases_prove_themselves_in_few_bits(
+    stored: str, architecture: str, tiny_base: Callable[[str], TinyBase]
+) -> None:
+    """Conv1D, tied heads, biases, experts. Loading compares packed logits with plain products of the same weights."""
+    config = ModelConfig(base=architecture, dtype="float32", quantize=stored)
+    network = load_network(config, tiny_base(architecture).folder, name=architecture)
+    assert network.facts.quantized
 
 
 @pytest.mark.parametrize("stored", LIMITS)
