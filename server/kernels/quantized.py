@@ -3,7 +3,7 @@
 `Rows` is int8: a scale per output. FBGEMM multiplies bytes by bytes, so activations become bytes, too, with a scale per
 token: a token's answer does not depend on its neighbours. Without VNNI its products of two bytes are added in 16 bits,
 which saturate; weights then keep to 7 bits (255 * 63 * 2 < 2^15), not activations, whose range the outliers set
-(docs/performance.md has the figures of both).
+(docs/bases.md has the figures of both).
 
 `Coded` has a table of 16 levels (NF4; 0 to 15 for GPTQ and AWQ), and scales, with offsets where zero is no level, for
 groups of inputs; or float8 numbers and a scale per output. Activations stay as they are: a few outputs' weights are

@@ -45,7 +45,7 @@ def loader_options(method: str, dtype: torch.dtype, device: torch.device) -> dic
 def hold(method: str, network: nn.Module, device: torch.device) -> dict[str, Held]:
     """The weights that are to be held in few bits, by the names of their Linears.
 
-    The head chooses among the whole vocabulary: below 8 bits, and in float8, it would lose most (docs/performance.md),
+    The head chooses among the whole vocabulary: below 8 bits, and in float8, it would lose most (docs/bases.md),
     so it has int8 there.
     """
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear | Conv1D)}
