@@ -219,7 +219,8 @@ def name_of(folder: Path, declared: str | None = None) -> str:
 def modules(folder: Path) -> Modules:
     """The modules of the base under the names that they have in the loaded causal LM.
 
-    Raises: BaseUnusable, also for weights that are stored quantised, because their shapes are gone.
+    Raises: BaseUnusable, also for weights that are stored quantised, because their shapes are gone; but for GPTQ's and
+    AWQ's in 4 bits.
     """
     config = _config(folder)
     model_type = str(config.get("model_type"))
@@ -230,6 +231,8 @@ def modules(folder: Path) -> Modules:
     biased = set(mixture.biased)
     for name, entry in tensors.items():
         module, _, part = name.rpartition(".")
+        if part == "qweight":
+            linears[module] = _coded_linear(entry.shape, config, shown=_shown(folder))
         if part == "bias" and len(entry.shape) == 1:  # GPT-2 calls its mask a bias, too
             biased.add(module)
         if part != "weight" or name in mixture.taken:
@@ -254,6 +257,15 @@ def modules(folder: Path) -> Modules:
         {name: shape[0] for name, shape in weights.items() if name in others and len(shape) == 1},
         _embedding(weights, others, tied=tied),
     )
+
+
+def _coded_linear(shape: tuple[int, ...], config: Mapping[str, Any], *, shown: str) -> Linear:
+    """8 codes stand in 32 bits: inputs for GPTQ, outputs for AWQ."""
+    told = config.get("quantization_config")
+    method, bits = (told.get("quant_method"), told.get("bits")) if isinstance(told, Mapping) else (None, None)
+    if method not in ("gptq", "awq") or bits != 4 or len(shape) != 2:
+        raise BaseUnusable(f"{shown}: stored quantised by {method} with bits {bits}; name the full base")
+    return Linear(shape[0] * 8, shape[1]) if method == "gptq" else Linear(shape[0], shape[1] * 8)
 
 
 def _embedding(weights: Mapping[str, tuple[int, ...]], others: Set[str], *, tied: bool) -> Embedding | None:

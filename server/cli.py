@@ -23,7 +23,9 @@ def register(app: typer.Typer) -> None:
 def serve(
     base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder, or a Hugging Face id.")],
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = _MODEL.dtype,
-    quantize: Annotated[str, typer.Option(help="none, nf4 or int8 (bitsandbytes).")] = _MODEL.quantize,
+    quantize: Annotated[
+        str, typer.Option(help="none, int8, nf4 or fp8: bits of the base's weights.")
+    ] = _MODEL.quantize,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = _MODEL.device,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = _HTTP.host,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = _HTTP.port,

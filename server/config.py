@@ -10,7 +10,7 @@ class ModelConfig:
     base: str
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
     device: str = "auto"  # auto | cpu | cuda
-    quantize: str = "none"  # none | nf4 | int8
+    quantize: str = "none"  # none | int8 | nf4 | fp8
 
 
 @dataclass(frozen=True, slots=True)

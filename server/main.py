@@ -100,6 +100,7 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
                 "dtype": str(facts.dtype).removeprefix("torch."),
                 "device": str(facts.device),
                 "quantize": config.model.quantize,
+                "weight_bytes": facts.weight_bytes,
                 "max_model_len": engine.max_model_len,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,

@@ -27,6 +27,7 @@
 #define WIDEST 16       /* floats of the longest vector register */
 #define FEW 65536       /* products and sums that one thread does before another has begun */
 #define HEADS 4         /* query heads that share one pass over the values */
+#define WIDENED 65536   /* numbers of a weight that are widened at a time: they stay in a second-level cache */
 
 enum { FP32, BF16, FP16 };
 
@@ -113,6 +114,9 @@ typedef struct {
     void (*rotate[2])(const void *x, const void *cos, const void *sin, void *out, int64_t half, int64_t count);
     void (*widen_row)(const uint16_t *from, float *to, int64_t count);
     void (*add_row)(uint16_t *y, const float *delta, int64_t count);
+    void (*widen_4)(const uint8_t *codes, const float *levels, const float *scales, const float *offsets, int64_t inputs,
+                    int64_t group, float *into);
+    void (*widen_8)(const uint8_t *codes, float scale, int64_t inputs, float *into);
 } loops_t;
 
 #define LOOPS(NAME)                                          \
@@ -120,7 +124,8 @@ typedef struct {
         {NAME(shrink_FP32), NAME(shrink_BF16), NAME(shrink_FP16)}, \
         {NAME(expand_FP32), NAME(expand_BF16), NAME(expand_FP16)}, \
         {NAME(attend_FP32), NAME(attend_BF16)}, {NAME(norm_FP32), NAME(norm_BF16)}, \
-        {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, NAME(widen_row), NAME(add_row) }
+        {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, NAME(widen_row), NAME(add_row), \
+        NAME(widen_4), NAME(widen_8) }
 #define V4(x) x##_v4
 #define V3(x) x##_v3
 #define ANY(x) x##_any
@@ -339,4 +344,55 @@ void mg_rotate_and_store(void *query, int64_t query_row, const void *key, int64_
             memcpy(moved(values, to, type), v, bytes(dim, type));
         }
     }
+}
+
+/* y = W x of a weight in few bits: w[o][i] = levels[code] * scales[o][i / group] + offsets[o][i / group].
+
+   x: (tokens, inputs), rows `x_row` apart; y: (tokens, outputs); both of `type`, FP32 or BF16. With `levels`, 4 bits: inputs
+   and group are multiples of 32. Without, float8 e4m3, a scale per output, no offsets. offsets may be NULL. Some outputs'
+   weights are widened at a time, and multiplied with all tokens. Returns 0, or -1 when there is no memory. */
+int mg_few_bits(const void *x, int64_t x_row, int64_t tokens, void *y, int type, const uint8_t *codes,
+                const float *levels, const float *scales, const float *offsets, int64_t inputs, int64_t outputs,
+                int64_t group, int threads) {
+    const loops_t *const fast = loops();
+    const int64_t groups = levels ? inputs / group : 1, row_bytes = levels ? inputs / 2 : inputs;
+    int64_t rows = at_most(tokens > TOKENS ? WIDENED / inputs : RANKS, outputs / (4 * threads)) / RANKS * RANKS;
+    if (rows < RANKS) rows = RANKS;
+    const int64_t tile = rows * inputs + TOKENS * rows, widened = type == BF16 ? tokens * inputs : 0;
+    float *const wide_x = room(widened + threads * tile);
+    if (!wide_x) return -1;
+#pragma omp parallel num_threads(threads)
+    {
+        float *const weights = wide_x + widened + omp_get_thread_num() * tile, *const answers = weights + rows * inputs;
+        const float *own_x = x;
+        int64_t own_row = x_row;
+        if (type == BF16) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < tokens; t++)
+                fast->widen_row((const uint16_t *)x + t * x_row, wide_x + t * inputs, inputs);
+            own_x = wide_x, own_row = inputs;
+        }
+#pragma omp for schedule(static)
+        for (int64_t o = 0; o < outputs; o += rows) {
+            const int64_t count = at_most(rows, outputs - o);
+            for (int64_t r = 0; r < count; r++) {
+                const uint8_t *const row = codes + (o + r) * row_bytes;
+                const float *const own = offsets ? offsets + (o + r) * groups : NULL;
+                if (levels)
+                    fast->widen_4(row, levels, scales + (o + r) * groups, own, inputs, group, weights + r * inputs);
+                else
+                    fast->widen_8(row, scales[o + r], inputs, weights + r * inputs);
+            }
+            for (int64_t t = 0; t < tokens; t += TOKENS) {
+                const int64_t some = at_most(TOKENS, tokens - t);
+                float *const into = type == FP32 ? (float *)y + t * outputs + o : answers;
+                fast->shrink[FP32](own_x + t * own_row, own_row, some, weights, 0, count, inputs, into,
+                                   type == FP32 ? outputs : rows);
+                for (int64_t a = 0; a < some && type != FP32; a++)
+                    for (int64_t r = 0; r < count; r++)
+                        ((uint16_t *)y)[(t + a) * outputs + o + r] = narrow(answers[a * rows + r]);
+            }
+        }
+    }
+    return 0;
 }

@@ -49,9 +49,14 @@ _SIGNATURES = {
         *(_POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER),  # blocks, lengths, block size, window
         *(_FLOAT, _FLOAT, _POINTER, _TYPE),
     ),
+    "mg_few_bits": (
+        *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # x, y
+        *(_POINTER, _POINTER, _POINTER, _POINTER),  # codes, levels, scales, offsets
+        *(_INTEGER, _INTEGER, _INTEGER, _TYPE),  # inputs, outputs, group, threads
+    ),
 }
 
-_CAN_FAIL = frozenset({"mg_lowrank", "mg_attend"})
+_CAN_FAIL = frozenset({"mg_lowrank", "mg_attend", "mg_few_bits"})
 
 
 def _load() -> ctypes.CDLL | None:
@@ -209,3 +214,31 @@ def rotate_and_store(
         TYPES[query_THD.dtype],
         torch.get_num_threads(),
     )
+
+
+def few_bits(
+    x_TI: Tensor, codes: Tensor, levels: Tensor | None, scales_OG: Tensor, offsets_OG: Tensor | None, *, group: int
+) -> Tensor:
+    """(T, O): the product with a weight in few bits, of server/kernels/quantized.py. Raises: MemoryError."""
+    assert LIBRARY is not None
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    y_TO = torch.empty(x_TI.shape[0], scales_OG.shape[0], dtype=x_TI.dtype)
+    failed = LIBRARY.mg_few_bits(
+        x_TI.data_ptr(),
+        x_TI.stride(0),
+        x_TI.shape[0],
+        y_TO.data_ptr(),
+        TYPES[x_TI.dtype],
+        codes.data_ptr(),
+        None if levels is None else levels.data_ptr(),
+        scales_OG.data_ptr(),
+        None if offsets_OG is None else offsets_OG.data_ptr(),
+        x_TI.shape[1],
+        scales_OG.shape[0],
+        group,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory to widen a weight in few bits")
+    return y_TO

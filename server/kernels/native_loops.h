@@ -5,10 +5,15 @@ typedef float NAME(vec) __attribute__((vector_size(LANES * 4)));
 typedef uint32_t NAME(uvec) __attribute__((vector_size(LANES * 4)));
 typedef int32_t NAME(ivec) __attribute__((vector_size(LANES * 4)));
 typedef uint16_t NAME(hvec) __attribute__((vector_size(LANES * 2)));
+typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define vec NAME(vec)
 #define uvec NAME(uvec)
 #define ivec NAME(ivec)
 #define hvec NAME(hvec)
+#define bvec NAME(bvec)
+#define level NAME(level)
+#define load_bytes NAME(load_bytes)
+#define load_fp8 NAME(load_fp8)
 #define load_fp32 NAME(load_fp32)
 #define load_bf16 NAME(load_bf16)
 #define load_fp16 NAME(load_fp16)
@@ -177,6 +182,79 @@ static void NAME(add_row)(uint16_t *y, const float *delta, int64_t count) {
     for (int64_t i = 0; i < count; i++) y[i] = narrow(widen(y, i, BF16) + delta[i]);
 }
 
+INLINE uvec load_bytes(const uint8_t *p) {
+#if LANES == 16 && defined(X86)
+    return (uvec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+#elif LANES == 8 && defined(X86)
+    return (uvec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+#else
+    bvec bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, uvec);
+#endif
+}
+
+/* float8 e4m3: the bits of a number in half precision, but for the bias of the exponent. */
+INLINE vec load_fp8(const uint8_t *p) {
+#if LANES >= 8 && defined(X86)
+    const __m128i bytes = LANES == 16 ? _mm_loadu_si128((const void *)p) : _mm_loadl_epi64((const void *)p);
+    const __m256i wide = _mm256_cvtepu8_epi16(bytes);
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
+    const __m256i size = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
+    const __m256i half = _mm256_or_si256(sign, size);
+    return load_fp16((const uint16_t *)&half) * 256;
+#else
+    const uvec bits = load_bytes(p);
+    const vec size = (vec)((bits & 0x7f) << 20) * 0x1p120f;
+    return (vec)((uvec)size | (bits & 0x80) << 24);
+#endif
+}
+
+/* Which of 16 levels each code means; `low` and `high` are the levels where a register holds 8 of them or more. */
+INLINE vec level(uvec codes, const float *levels, vec low, vec high) {
+#if LANES == 16 && defined(X86)
+    return (vec)_mm512_permutexvar_ps((__m512i)codes, (__m512)low);
+#elif LANES == 8 && defined(X86)
+    const __m256 first = _mm256_permutevar8x32_ps((__m256)low, (__m256i)codes);
+    const __m256 second = _mm256_permutevar8x32_ps((__m256)high, (__m256i)codes);
+    return (vec)_mm256_blendv_ps(first, second, (__m256)(codes << 28));
+#else
+    vec found;
+    for (int lane = 0; lane < LANES; lane++) found[lane] = levels[codes[lane]];
+    return found;
+#endif
+}
+
+/* One row of a weight in 4 bits. 16 bytes hold 32 inputs, the first 16 of them in their low halves. */
+static void NAME(widen_4)(const uint8_t *codes, const float *levels, const float *scales, const float *offsets,
+                          int64_t inputs, int64_t group, float *restrict into) {
+    const vec low = load_fp32(levels), high = load_fp32(levels + 16 - LANES);
+    for (int64_t first = 0, g = 0; first < inputs; first += group, g++) {
+        const float scale = scales[g], offset = offsets ? offsets[g] : 0;
+        for (int64_t i = first; i < first + group; i += 32)
+            UNROLL for (int64_t l = 0; l < 16; l += LANES) {
+                const uvec both = load_bytes(codes + i / 2 + l);
+                const vec front = level(both & 15, levels, low, high) * scale + offset;
+                const vec back = level(both >> 4, levels, low, high) * scale + offset;
+                memcpy(into + i + l, &front, sizeof front);
+                memcpy(into + i + 16 + l, &back, sizeof back);
+            }
+    }
+}
+
+/* One row of a weight in float8. */
+static void NAME(widen_8)(const uint8_t *codes, float scale, int64_t inputs, float *restrict into) {
+    int64_t i = 0;
+    for (; i + LANES <= inputs; i += LANES) {
+        const vec wide = load_fp8(codes + i) * scale;
+        memcpy(into + i, &wide, sizeof wide);
+    }
+    uint8_t rest[LANES] = {0};
+    memcpy(rest, codes + i, inputs - i);
+    const vec wide = load_fp8(rest) * scale;
+    memcpy(into + i, &wide, (inputs - i) * sizeof(float));
+}
+
 /* exp for x <= 0, off by 2 units in the last place at most; 0 below -87. Cephes' polynomial. */
 INLINE vec exp_vec(vec x) {
     const vec floor = (vec){0} - 87.0f;
@@ -336,6 +414,10 @@ static void NAME(attend_BF16)(const float *query, const void *keys, const void *
 #undef uvec
 #undef ivec
 #undef hvec
+#undef bvec
+#undef level
+#undef load_bytes
+#undef load_fp8
 #undef load_fp32
 #undef load_bf16
 #undef load_fp16

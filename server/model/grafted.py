@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.kernels.native import MEMBERS
-from server.kernels.products import Product, fastest
+from server.kernels.products import Plain, Product, fastest
+from server.kernels.quantized import Held
 from server.model.norms import Unit, embedding_factor, fast_norm, norm_shape, prove_norm
 from server.model.weights import Stock
 from server.primitives.gates import Gates
@@ -228,12 +229,14 @@ def graft_network(
     *,
     inputs: Mapping[str, Sequence[Tensor]],
     stored: torch.dtype,
+    held: Mapping[str, Held],
 ) -> Sites:
     """Replace every Linear, the embedding and the norms in place.
 
     `seen` holds what each norm was called with on probes of those lengths: see `norm_inputs`. A norm or an embedding
     that does not compute what its adapters need stays as it is, and no adapter is served there. `inputs` are those of
-    the Linears on the same probes; `stored` is the dtype of the checkpoint.
+    the Linears on the same probes; `stored` is the dtype of the checkpoint; `held` are the weights that are kept in few
+    bits, whatever the network has there.
     """
     head = network.get_output_embeddings()  # type: ignore[operator]
     table = network.get_input_embeddings()  # type: ignore[operator]
@@ -244,10 +247,12 @@ def graft_network(
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
     head_name = next((name for name, module in linears.items() if module is head), "")
     tied = head is not None and head.weight is table.weight
-    groups = _groups(linears, inputs, head_name)
+    groups = _groups(linears, inputs, head_name, held)
     shapes: dict[str, SiteShape] = {}
     for number, names in enumerate(groups):
-        shapes |= _join(network, number, names, active, gates_of_wanted if head_name in names else gates_of_all, stored)
+        product = _product([linears[name] for name in names], [held[name] for name in names if name in held], stored)
+        gates_of = gates_of_wanted if head_name in names else gates_of_all
+        shapes |= _join(network, number, names, active, gates_of, product)
     for name, module in modules.items():
         grafted: nn.Module
         if module is table and factor is not None:
@@ -262,15 +267,25 @@ def graft_network(
     return Sites({name: shapes[name] for name in linears}, norms, embedding, groups)
 
 
+def weight_bytes(network: nn.Module) -> int:
+    """What the weights of a grafted network take, each counted once."""
+    own = {weight.data_ptr(): weight.nbytes for weight in network.parameters()}
+    joints = {id(module.joint): module.joint for module in network.modules() if isinstance(module, GraftedLinear)}
+    products = [joint.product for joint in joints.values()]
+    shared = [one for one in products if isinstance(one, Plain) and one.weight_OI.data_ptr() in own]
+    return sum(own.values()) + sum(one.bytes for one in products) - sum(one.bytes for one in shared)
+
+
 def _groups(
-    linears: Mapping[str, nn.Module], inputs: Mapping[str, Sequence[Tensor]], head: str
+    linears: Mapping[str, nn.Module], inputs: Mapping[str, Sequence[Tensor]], head: str, held: Mapping[str, Held]
 ) -> tuple[tuple[str, ...], ...]:
     """The Linears that were called with the very same tensors on every probe; every other alone."""
     groups: dict[object, list[str]] = {}
     for name, module in linears.items():
         key: object = name
-        if type(module) is nn.Linear and inputs.get(name) and name != head:
-            key = (module.weight.dtype, *(id(x) for x in inputs[name]))
+        if (type(module) is nn.Linear or name in held) and inputs.get(name) and name != head:
+            kin = held[name].kin() if name in held else module.weight.dtype
+            key = (kin, *(id(x) for x in inputs[name]))
         if len(groups.get(key, ())) >= MEMBERS:
             key = name
         groups.setdefault(key, []).append(name)
@@ -278,7 +293,7 @@ def _groups(
 
 
 def _join(
-    network: nn.Module, number: int, names: Sequence[str], active: Active, gates_of: GatesOf, stored: torch.dtype
+    network: nn.Module, number: int, names: Sequence[str], active: Active, gates_of: GatesOf, product: Product
 ) -> dict[str, SiteShape]:
     """Put one joint in the places of these Linears."""
     modules = [network.get_submodule(name) for name in names]
@@ -290,7 +305,7 @@ def _join(
         shapes[name] = SiteShape(inputs, outputs, bias_O, isinstance(module, Conv1D))
         first = members[-1].end if members else 0
         members.append(Member(name, first, first + outputs, bias_O))
-    joint = Joint(number, members, _product(modules, stored), active, gates_of)
+    joint = Joint(number, members, product, active, gates_of)
     for place, name in enumerate(names):
         _replace(network, name, GraftedLinear(joint, place, active))
     return shapes
@@ -329,8 +344,10 @@ def _detach_bias(base: nn.Module) -> Tensor | None:
     return bias.detach()
 
 
-def _product(modules: Sequence[nn.Module], stored: torch.dtype) -> Product:
-    """The product of these Linears side by side, without their biases."""
+def _product(modules: Sequence[nn.Module], held: Sequence[Held], stored: torch.dtype) -> Product:
+    """The product of these Linears side by side, without their biases: of all in few bits, or of none."""
+    if held:
+        return held[0].product(held[1:])
     if type(modules[0]) is nn.Linear:
         weights = [module.weight.detach() for module in modules if isinstance(module.weight, Tensor)]
         whole = weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -9,6 +9,7 @@ transformers only logs a warning for architectures that ignore the interface, an
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from server.config import ModelConfig
 from server.errors import StartupRefused
 from server.model import attention
 from server.model.attention import ShapeRecorder, UnsupportedAttention
+from server.model.checkpoints import OURS, PARTS, brought, read_codes, unquantized
 from server.model.experts import graft_experts
 from server.model.fused import fuse
-from server.model.grafted import graft_network, linear_inputs
+from server.model.grafted import graft_network, linear_inputs, weight_bytes
 from server.model.layers import announce_layers, find_layers
 from server.model.network import BaseFacts, Batch, Network, span_plan
 from server.model.norms import norm_inputs
 from server.model.places import Places, find_anatomy
+from server.model.quantize import hold, loader_options, multiplied_with
 from server.primitives.site import Active
 
 log = logging.getLogger(__name__)
@@ -35,7 +38,8 @@ log = logging.getLogger(__name__)
 PROBE_TOKENS = 12
 # Relative to the largest logit. Half precision accumulates in another order in the packed products.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-# bitsandbytes' fused CPU products differ from its own dequantised ones (NF4 by 0.3 % of the weights).
+# Against plain products with the weights as they are held: a number just between two codes of int8 may round to either,
+# and bitsandbytes' fused products round scales and sums (NF4 by 0.3 % of the weights).
 QUANTIZED_PROBE_TOLERANCE = 1e-1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PER_FORWARD_ROPE = ("dynamic", "longrope")
@@ -50,11 +54,27 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         raise StartupRefused(f"base {name}: {error}") from error
     dtype = _dtype(config.dtype, shape, device)
     _refuse_rope(shape, name)
-    stock = _stock(config, folder, name, dtype, device)
+    quantized = brought(shape, config.quantize)
+    coded = quantized is not None and quantized["quant_method"] in OURS
+    options = loader_options(config.quantize, dtype, device)
+    if coded:
+        options["config"] = unquantized(shape)
+    elif quantized is not None:
+        options["device_map"] = str(device)
+    stock = _stock(folder, name, dtype, device, options)
     if not stock._can_set_attn_implementation():  # type: ignore[operator]
         raise StartupRefused(f"base {name}: architecture {shape.model_type} has its own attention, not transformers'")
     probes = _probes(shape.vocab_size)
-    with torch.inference_mode(), norm_inputs(stock) as seen, linear_inputs(stock) as inputs:
+    held = hold(config.quantize, stock, device)
+    if coded:
+        assert quantized is not None
+        held |= read_codes(folder, quantized, stock)
+    with (
+        torch.inference_mode(),
+        multiplied_with(stock, held),
+        norm_inputs(stock) as seen,
+        linear_inputs(stock) as inputs,
+    ):
         expected = [stock(input_ids=ids.to(device)[None], use_cache=False).logits[0].float() for ids in probes]
     AttentionInterface.register(attention.NAME, attention.attend)
     stock.set_attn_implementation(attention.NAME)  # type: ignore[operator]
@@ -64,7 +84,8 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     if sorted(recorder.layers) != list(range(depth)):
         raise StartupRefused(f"base {name}: attention ran in layers {sorted(recorder.layers)}, the base has {depth}")
     with torch.no_grad():
-        sites = graft_network(stock, active, seen, [len(ids) for ids in probes], inputs=inputs, stored=_stored(shape))
+        lengths = [len(ids) for ids in probes]
+        sites = graft_network(stock, active, seen, lengths, inputs=inputs, stored=_stored(shape), held=held)
     # After the grafting: what adds to the stream is then a module with everything that adapters change in it.
     again = partial(_record, stock, probes[0].to(device), name)
     places = Places(find_anatomy(stock, recorder.modules, again), active)
@@ -83,10 +104,11 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         end_ids=_end_ids(stock),
         dtype=dtype,
         device=device,
-        quantized=config.quantize != "none",
+        quantized=config.quantize != "none" or quantized is not None,
         parameters=graft_experts(stock, active),
         decoder_layers=decoder_layers,
         groups=sites.groups,
+        weight_bytes=weight_bytes(stock),
     )
     network = Network(stock, facts, active, places)
     undo = fuse(stock, device, dtype)
@@ -99,34 +121,33 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     return network
 
 
-def _stock(config: ModelConfig, folder: Path, name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    options: dict[str, object] = {}
-    if config.quantize != "none":
-        options["quantization_config"] = _quantization(config.quantize, dtype)
-        options["device_map"] = str(device)
+def _stock(
+    folder: Path, name: str, dtype: torch.dtype, device: torch.device, options: Mapping[str, object]
+) -> nn.Module:
     try:
-        stock = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True, **options
+        stock, told = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
         raise StartupRefused(f"base {name} cannot be loaded: {error}") from error
+    if "config" in options:
+        _check_whole(name, told)
     model: nn.Module = stock.eval().requires_grad_(False)
-    return model if options else model.to(device)
+    return model if "device_map" in options else model.to(device)
 
 
-def _quantization(method: str, dtype: torch.dtype) -> object:
-    from transformers import BitsAndBytesConfig
-
-    if method == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if method == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    raise StartupRefused(f"--quantize {method}: known are none, nf4, int8")
+def _check_whole(name: str, told: Mapping[str, Any]) -> None:
+    """Only codes may have been left over, and only weights that codes stand for may be missing."""
+    left = {key for key in told["unexpected_keys"] if key.rpartition(".")[2] not in PARTS}
+    coded = {key.rpartition(".")[0] for key in told["unexpected_keys"]} - left
+    absent = {key for key in told["missing_keys"] if key.removesuffix(".weight") not in coded}
+    if left or absent:
+        raise StartupRefused(f"base {name}: {min(left | absent)} of the checkpoint does not fit the architecture")
 
 
 def _device(asked: str) -> torch.device:
@@ -218,7 +239,13 @@ def _prove(network: Network, probes: list[Tensor], expected: list[Tensor]) -> No
             f"base {facts.name}: packed logits differ from transformers' own by {error_:.1e} (limit {limit:g}); "
             "this architecture is not served"
         )
-    log.info("base %s proved: packed logits differ by %.1e (limit %g)", facts.name, error_, limit)
+    log.info(
+        "base %s proved: packed logits differ by %.1e (limit %g); its weights take %.1f MiB",
+        facts.name,
+        error_,
+        limit,
+        facts.weight_bytes / 2**20,
+    )
 
 
 def _end_ids(stock: nn.Module) -> frozenset[int]:

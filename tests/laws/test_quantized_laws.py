@@ -1,0 +1,192 @@
+"""The products of weights in few bits against the dense product with the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from server.kernels import native
+from server.kernels.quantized import (
+    BYTE,
+    SEVEN_BITS,
+    Coded,
+    Int8,
+    Int8Plain,
+    Rows,
+    largest_code,
+    multiply_by_tiles,
+    pack,
+    round_float8,
+    round_rows,
+    unpack,
+)
+
+CLOSE = 1e-5  # of the sum of magnitudes, in fp32
+BETWEEN = 2.0**-14  # FBGEMM adds 128 before it rounds, in fp32
+fbgemm = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="this build of torch has no FBGEMM"
+)
+
+
+def int8_kinds() -> list[type[Int8] | type[Int8Plain]]:
+    return [Int8, Int8Plain] if "fbgemm" in torch.backends.quantized.supported_engines else [Int8Plain]
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every token in codes of its own scale, widened again; and what that may be off by, just between two codes."""
+    scales = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / BYTE
+    codes = x.float() / scales
+    return codes.round() * scales, ((codes - codes.floor() - 0.5).abs() < BETWEEN) * scales
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([0, 1, 2, 16, 33]),
+    inputs=st.sampled_from([1, 16, 33, 897]),
+    outputs=st.lists(st.sampled_from([1, 8, 40, 129]), min_size=1, max_size=3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_int8_is_the_dense_product_of_rounded_tokens(
+    seed: int, tokens: int, inputs: int, outputs: list[int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(wide, inputs, generator=generator) for wide in outputs]
+    held = [round_rows(weight, largest_code()) for weight in weights]
+    x = (torch.randn(tokens, inputs, generator=generator) * 10).to(dtype)
+    dense = torch.cat([part.weight() for part in held])
+    step = torch.cat(weights).abs().amax(1, keepdim=True) / largest_code()
+    assert ((dense - torch.cat(weights)).abs() <= step * 0.5001).all()
+    codes_TI, doubt = rounded(x)
+    wanted = codes_TI.double() @ dense.double().t()
+    magnitudes = dense.abs().double().t()
+    rough = CLOSE if dtype == torch.float32 else 2.0**-8
+    room = rough * (x.float().abs().double() @ magnitudes + 1e-6) + doubt.double() @ magnitudes
+    whole = Rows(torch.cat([part.codes_OI for part in held]), torch.cat([part.scales_O for part in held]))
+    for kind in int8_kinds():
+        product = kind(whole)
+        assert torch.equal(product.weight(), dense)
+        y = product(x)
+        assert y.dtype == dtype and y.shape == wanted.shape
+        assert ((y.double() - wanted).abs() <= room).all()
+    assert ((whole.reference(x).double() - wanted).abs() <= room).all()
+    joint = held[0].product(held[1:])
+    assert torch.equal(joint.weight(), dense) and joint.bytes >= dense.numel()
+
+
+@fbgemm
+def test_sums_of_the_largest_codes_do_not_saturate() -> None:
+    """Each product of two bytes is as large as it gets; the plain products cannot overflow."""
+    largest = largest_code()
+    rows = Rows(torch.full((16, 512), largest, dtype=torch.int8), torch.ones(16))
+    for sign in (1, -1):
+        x = torch.full((5, 512), 3.0 * sign)
+        assert torch.equal(Int8(rows)(x), Int8Plain(rows)(x))
+        torch.testing.assert_close(Int8(rows)(x), torch.full((5, 16), 3.0 * sign * 512 * largest))
+    assert largest in (SEVEN_BITS, BYTE)
+
+
+@pytest.mark.parametrize("kind", int8_kinds())
+def test_a_token_does_not_depend_on_its_neighbours_whatever_they_are(kind: type[Int8] | type[Int8Plain]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    product = kind(round_rows(torch.randn(40, 64, generator=generator), largest_code()))
+    x = torch.randn(6, 64, generator=generator)
+    alone = product(x[2:3])
+    for neighbour in (0.0, 1e30, float("inf"), float("nan")):
+        x[0], x[4, 7] = neighbour, neighbour
+        y = product(x)
+        assert torch.equal(y[2:3], alone)
+        assert y[0].isfinite().all() == (neighbour in (0.0, 1e30))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([0, 1, 2, 13, 40]),
+    shape=st.sampled_from([(32, 32), (64, 32), (96, 96), (256, 64), (384, 128)]),
+    outputs=st.lists(st.sampled_from([1, 8, 40, 129]), min_size=1, max_size=3),
+    offset=st.booleans(),
+    ordered=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    threads=st.sampled_from([1, 2, 3]),
+)
+def test_codes_of_four_bits_are_the_dense_product(
+    seed: int,
+    tokens: int,
+    shape: tuple[int, int],
+    outputs: list[int],
+    offset: bool,
+    ordered: bool,
+    dtype: torch.dtype,
+    threads: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs, group = shape
+    levels = torch.randn(16, generator=generator)
+    order = torch.randperm(inputs, generator=generator) if ordered else None
+    held, dense = [], []
+    for wide in outputs:
+        codes = torch.randint(0, 16, (wide, inputs), generator=generator, dtype=torch.uint8)
+        scales, offsets = (torch.randn(wide, inputs // group, generator=generator) for _ in range(2))
+        assert torch.equal(unpack(pack(codes)), codes)
+        held.append(Coded(pack(codes), levels, scales, offsets if offset else None, order))
+        columns = levels[codes.long()] * scales.repeat_interleave(group, 1)
+        columns = columns + offsets.repeat_interleave(group, 1) if offset else columns
+        weight = torch.empty_like(columns)
+        weight[:, slice(None) if order is None else order] = columns
+        dense.append(weight)
+    _check_dense(held, torch.cat(dense), torch.randn(tokens, inputs, generator=generator).to(dtype), threads)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([1, 13]),
+    inputs=st.sampled_from([1, 7, 16, 33, 200]),
+    outputs=st.lists(st.sampled_from([1, 8, 129]), min_size=1, max_size=2),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_float8_is_the_dense_product(
+    seed: int, tokens: int, inputs: int, outputs: list[int], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(wide, inputs, generator=generator) for wide in outputs]
+    held = [round_float8(weight) for weight in weights]
+    scales = [weight.abs().amax(1, keepdim=True) / 448 for weight in weights]
+    dense = torch.cat([(w / s).to(torch.float8_e4m3fn).float() * s for w, s in zip(weights, scales, strict=True)])
+    _check_dense(held, dense, torch.randn(tokens, inputs, generator=generator).to(dtype), 2)
+
+
+def test_every_byte_of_float8_is_its_number() -> None:
+    numbers = torch.arange(256, dtype=torch.uint8)
+    numbers = numbers[numbers & 0x7F != 0x7F]  # those two are none
+    product = Coded(numbers[:, None], None, torch.ones(len(numbers), 1)).product([])
+    assert torch.equal(product(torch.ones(1, 1))[0], numbers.view(torch.float8_e4m3fn).float())
+
+
+def _check_dense(held: list[Coded], dense: Tensor, x: Tensor, threads: int) -> None:
+    """The product of all, its plain loop, and each token alone."""
+    product = held[0].product(held[1:])
+    torch.testing.assert_close(product.weight(), dense, rtol=1e-6, atol=1e-6)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = product(x)
+    finally:
+        torch.set_num_threads(before)
+    order = held[0].order_I
+    plain = torch.cat([multiply_by_tiles(x if order is None else x[:, order], one) for one in held], -1)
+    wanted = x.double() @ dense.double().t()
+    room = x.float().abs().double() @ dense.abs().double().t() + 1e-6
+    for got in (y, plain):
+        assert got.dtype == x.dtype and got.shape == wanted.shape
+        rough = CLOSE if x.dtype == torch.float32 else 2.0**-6 if got is plain else 2.0**-8
+        assert ((got.double() - wanted).abs() <= rough * room).all()
+    if native.LIBRARY is not None and len(x) > 2:
+        assert torch.equal(product(x[1:2]), y[1:2]), "a token depends on its neighbours"
+        worse = x.clone()
+        worse[0] = float("nan")
+        assert torch.equal(product(worse)[1:], y[1:])
