@@ -76,7 +76,7 @@ def _adding(value: Any, weight: float, *, first: int) -> Callable[..., Tensor]:
         if value is None:
             return output
         lowrank, bias = value
-        change = inputs[0] @ (lowrank.B_OR @ lowrank.A_RI).t() + (0 if bias is None else bias.bias_O)
+        change = lowrank.scaling * inputs[0] @ (lowrank.B_OR @ lowrank.A_RI).t() + (0 if bias is None else bias.bias_O)
         change[:, :first] = 0
         return output + weight * change
 
