@@ -26,7 +26,6 @@
 #define MEMBERS 8       /* Linears that read the same input, at most */
 #define WIDEST 16       /* floats of the longest vector register */
 #define FEW 65536       /* products and sums that one thread does before another has begun */
-#define HEADS 4         /* query heads that share one pass over the values */
 #define WIDENED 65536   /* numbers of a weight that are widened at a time: they stay in a second-level cache */
 
 enum { FP32, BF16, FP16 };
@@ -75,6 +74,10 @@ INLINE uint16_t narrow(float value) {
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+
+static int threads_for(int64_t work, int threads) { return work < FEW ? 1 : threads; }
+
+static int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 #ifdef X86
 #pragma GCC push_options
@@ -139,10 +142,6 @@ static const loops_t *loops(void) {
 #endif
     return &any;
 }
-
-static int threads_for(int64_t work, int threads) { return work < FEW ? 1 : threads; }
-
-static int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 /* Room that the calling thread keeps from call to call. */
 static float *room(int64_t floats) {
@@ -284,7 +283,10 @@ int mg_attend(const void *query, int64_t head_row, int64_t token_row, void *out,
         float *const wide = own + group * padded, *const made = wide + group * dim;
         for (int64_t g = 0; g < group; g++) {
             const int64_t at = (head * group + g) * head_row + b * token_row;
-            for (int64_t d = 0; d < dim; d++) wide[g * dim + d] = widen(query, at + d, type) * scale;
+            for (int64_t d = 0; d < dim; d++) {
+                wide[g * dim + d] = widen(query, at + d, type) * scale;
+                made[g * dim + d] = 0;
+            }
         }
         const int64_t at = head * rows * dim * size;
         fast->attend[type](

@@ -77,12 +77,17 @@ INLINE vec load_some(const void *p, int64_t at, int64_t left, const int type) {
 }
 
 INLINE float sum(vec v) {
-    float lanes[LANES], total = 0;
-    memcpy(lanes, &v, sizeof v);
-    for (int step = LANES / 2; step; step /= 2)
-        for (int lane = 0; lane < step; lane++) lanes[lane] += lanes[lane + step];
-    total = lanes[0];
+#if LANES == 16 && defined(X86)
+    return _mm512_reduce_add_ps((__m512)v);
+#elif LANES == 8 && defined(X86)
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+#else
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += v[lane];
     return total;
+#endif
 }
 
 /* middle[t][r] = sum_i x[t][i] A[r][i] for a few tokens and ranks. The loops over both are unrolled: the sums are
@@ -109,14 +114,19 @@ INLINE float sum(vec v) {
 DOTS(NAME(dots_1_1), 1, 1)
 DOTS(NAME(dots_1_8), 1, 8)
 DOTS(NAME(dots_3_4), 3, 4)
+DOTS(NAME(dots_3_1), 3, 1)
 
 #define SHRINK(TYPE)                                                                                                \
     static void NAME(shrink_##TYPE)(const float *x, int64_t x_row, int64_t tokens, const void *A, int64_t rank,    \
                                      int64_t ranks, int64_t inputs, float *middle, int64_t middle_row) {            \
         int64_t t = 0;                                                                                              \
-        for (; ranks % 4 == 0 && t + 3 <= tokens; t += 3)                                                           \
-            for (int64_t r = 0; r < ranks; r += 4)                                                                  \
+        for (; t + 3 <= tokens; t += 3) {                                                                           \
+            int64_t r = 0;                                                                                          \
+            for (; r + 4 <= ranks; r += 4)                                                                          \
                 NAME(dots_3_4)(x + t * x_row, x_row, A, rank + r, inputs, middle + t * middle_row + r, middle_row, TYPE); \
+            for (; r < ranks; r++)                                                                                  \
+                NAME(dots_3_1)(x + t * x_row, x_row, A, rank + r, inputs, middle + t * middle_row + r, middle_row, TYPE); \
+        }                                                                                                           \
         for (; t < tokens; t++) {                                                                                   \
             int64_t r = 0;                                                                                          \
             for (; r + 8 <= ranks; r += 8)                                                                          \
@@ -349,18 +359,19 @@ INLINE void rotate_row(const void *x, const void *cos, const void *sin, void *ou
 ROWS(FP32)
 ROWS(BF16)
 
-/* What one KV head's query heads see of one sequence: scores, softmax, weighted values. `query` (group, dim) is fp32 and
-   scaled; `scores` has room for group * padded; positions first ... length - 1 are seen. */
+#define SHRINKS(type) (type == FP32 ? NAME(shrink_FP32) : NAME(shrink_BF16))
+#define EXPANDS(type) (type == FP32 ? NAME(expand_FP32) : NAME(expand_BF16))
+
+/* What one KV head's query heads see of one sequence: scores, softmax, weighted values, block by block of the cache.
+   `query` (group, dim) is fp32 and scaled; `scores` has room for group * padded, `out` (group, dim) is zero; positions
+   first ... length - 1 are seen. */
 INLINE void attend_group(const float *query, const void *keys, const void *values, const int64_t *blocks,
                          int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim, float softcap,
                          const float *sinks, float *scores, int64_t padded, float *out, const int type) {
-    for (int64_t l = first; l < length; l++) {
-        const int64_t row = (blocks[l / block_size] * block_size + l % block_size) * dim;
-        for (int64_t g = 0; g < group; g++) {
-            vec sums = {0};
-            for (int64_t d = 0; d < dim; d += LANES) sums += load_fp32(query + g * dim + d) * load(keys, row + d, type);
-            scores[g * padded + l - first] = sum(sums);
-        }
+    for (int64_t l = first, count; l < length; l += count) {
+        count = at_most(block_size - l % block_size, length - l);
+        const int64_t row = blocks[l / block_size] * block_size + l % block_size;
+        SHRINKS(type)(query, dim, group, keys, row, count, dim, scores + l - first, padded);
     }
     const int64_t seen = length - first;
     for (int64_t g = 0; g < group; g++) {
@@ -379,23 +390,13 @@ INLINE void attend_group(const float *query, const void *keys, const void *value
         const float share = 1 / (sum(total) + (sinks ? expf(sinks[g] - best) : 0));
         for (int64_t l = 0; l < seen; l++) own[l] *= share;
     }
-    for (int64_t d = 0; d < dim; d += LANES)
-        for (int64_t g = 0; g < group; g += HEADS) {
-            const int64_t heads = group - g < HEADS ? group - g : HEADS;
-            vec sums[HEADS] = {{0}};
-            for (int64_t l = first; l < length; l++) {
-                const int64_t row = (blocks[l / block_size] * block_size + l % block_size) * dim;
-                const vec value = load(values, row + d, type);
-                const float *const weight = scores + g * padded + l - first;
-                if (heads == HEADS)
-                    for (int64_t h = 0; h < HEADS; h++) sums[h] += weight[h * padded] * value;
-                else
-                    for (int64_t h = 0; h < heads; h++) sums[h] += weight[h * padded] * value;
-            }
-            for (int64_t h = 0; h < heads; h++) memcpy(out + (g + h) * dim + d, &sums[h], sizeof(vec));
-        }
+    const int64_t size = type == FP32 ? 4 : 2;
+    for (int64_t l = first, count; l < length; l += count) {
+        count = at_most(block_size - l % block_size, length - l);
+        const int64_t row = blocks[l / block_size] * block_size + l % block_size;
+        EXPANDS(type)(scores + l - first, padded, group, (const char *)values + row * dim * size, count, dim, 0, dim, out, dim);
+    }
 }
-
 static void NAME(attend_FP32)(const float *query, const void *keys, const void *values, const int64_t *blocks,
                                int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim,
                                float softcap, const float *sinks, float *scores, int64_t padded, float *out) {
@@ -428,6 +429,8 @@ static void NAME(attend_BF16)(const float *query, const void *keys, const void *
 #undef larger
 #undef attend_group
 #undef load_up_to
+#undef SHRINKS
+#undef EXPANDS
 #undef ROWS
 #undef store_up_to
 #undef rotate_row
