@@ -88,6 +88,9 @@ class Joint:
 
     def output(self, place: int, x: Tensor) -> Tensor:
         """y of the member at that place."""
+        if len(self.members) == 1:
+            (y_TO,) = self._compute(x.reshape(-1, x.shape[-1]))
+            return y_TO.view(*x.shape[:-1], y_TO.shape[1])
         y = self._ready.pop(place, None) if x is self._x else None
         if y is None:
             outputs = self._compute(x.reshape(-1, x.shape[-1]))
@@ -101,27 +104,32 @@ class Joint:
     def _compute(self, x_TI: Tensor) -> list[Tensor]:
         gates = self._gates_of(self._active)
         y_TO = self.product(x_TI)
-        outputs = list(y_TO.split(self._widths, 1))
-        if gates is not None:
-            self._add_adapters(x_TI, outputs, gates)
-        if self._bias is not None and all(y._base is y_TO for y in outputs):
+        outputs = [y_TO] if len(self.members) == 1 else list(y_TO.split(self._widths, 1))
+        whole = gates is None or self._add_adapters(x_TI, outputs, gates)
+        if self._bias is None:
+            return outputs
+        if whole:
             y_TO += self._bias
             return outputs
         return [
             y if member.bias_O is None else y + member.bias_O for y, member in zip(outputs, self.members, strict=True)
         ]
 
-    def _add_adapters(self, x_TI: Tensor, outputs: list[Tensor], gates: Gates) -> None:
-        active = self._active
+    def _add_adapters(self, x_TI: Tensor, outputs: list[Tensor], gates: Gates) -> bool:
+        """Whether the outputs are still columns of the product, and none had to be replaced."""
+        active, whole = self._active, True
         for place, member in enumerate(self.members):
             operand = active.operands.get(member.name)
             if operand is not None:
                 _check_count(member.name, x_TI.shape[0], gates)
                 y_TO = self._transform(outputs[place], x_TI, member, gates, operand)
-                outputs[place] = after_product(y_TO, x_TI, gates, operand)
+                y_TO = after_product(y_TO, x_TI, gates, operand)
+                whole = whole and y_TO is outputs[place]
+                outputs[place] = y_TO
         if active.gathered is not None and active.gathered.acts(self._group):
             _check_count(self.members[0].name, x_TI.shape[0], gates)
             active.gathered.add(self._group, x_TI, outputs, gates.runs)
+        return whole
 
     def _transform(self, y_TO: Tensor, x_TI: Tensor, member: Member, gates: Gates, operand: SiteOperand) -> Tensor:
         """W x' for the tokens whose input some adapter transforms; the others keep their W x."""
