@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,14 +162,15 @@ def _decode_for(query_HTD: Tensor, cache: KvCache) -> Callable[..., Tensor]:
     heads, _, dim = query_HTD.shape
     if query_HTD.is_cuda:
         # Only where there is a GPU: torch for CPUs comes without Triton.
-        from server.kernels.gpu.attention import proved
+        from server.kernels.gpu import attention as on_gpu
 
-        paged = proved(query_HTD.device, query_HTD.dtype, heads, cache.keys[0].shape[0], dim)
-        return decode_paged if paged else decode_gathered
+        paged = on_gpu.proved(query_HTD.device, query_HTD.dtype, heads, cache.keys[0].shape[0], dim)
+        return partial(decode_by, on_gpu.decode_paged) if paged else decode_gathered
     return decode_in_place if in_place(query_HTD, cache, dim) else decode_gathered
 
 
-def decode_paged(
+def decode_by(
+    kernel: Callable[..., Tensor],
     query_HBD: Tensor,
     plan: AttentionPlan,
     layer: int,
@@ -177,36 +179,9 @@ def decode_paged(
     softcap: float | None,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """By a GPU's kernel, from where the cache is."""
-    from server.kernels.gpu import attention as on_gpu
-
-    assert plan.decode_blocks_BN is not None and plan.decode_lengths_B is not None
-    return on_gpu.decode_paged(
-        query_HBD,
-        plan.cache.keys[layer],
-        plan.cache.values[layer],
-        plan.decode_blocks_BN,
-        plan.decode_lengths_B,
-        block_size=plan.cache.block_size,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks_H=sinks_H,
-    )
-
-
-def decode_in_place(
-    query_HBD: Tensor,
-    plan: AttentionPlan,
-    layer: int,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    sinks_H: Tensor | None,
-) -> Tensor:
-    """What `decode_gathered` gives, without a copy of the keys and values."""
+    """What `decode_gathered` gives, by a kernel that reads keys and values where they are."""
     assert plan.decode_lengths_B is not None and plan.decode_blocks_BN is not None
-    return native.attend(
+    return kernel(
         query_HBD,
         plan.cache.keys[layer],
         plan.cache.values[layer],
@@ -218,6 +193,9 @@ def decode_in_place(
         softcap=softcap,
         sinks_H=sinks_H,
     )
+
+
+decode_in_place = partial(decode_by, native.attend)
 
 
 def decode_gathered(
