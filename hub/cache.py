@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 MAX_REMEMBERED = 10_000
 _MEMORY = "resolved.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered(Resolved):
+    """What a reference meant when the hub was last asked, told while it cannot be reached."""
 
 
 class CachedHub:
@@ -57,7 +62,7 @@ class CachedHub:
                 remembered = self._meant.get(key)
             if remembered is None:
                 raise
-            return remembered
+            return Remembered(**asdict(remembered))
         except NotFound:
             self._remember(key, None)
             raise

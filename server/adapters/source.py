@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from hub.base import Base
+from hub.cache import Remembered
 from hub.contract import Adapter as HubAdapter
 from hub.contract import HubReader, places
 from hub.errors import BadReference, BadTensors, Corrupt, HubError, HubUnavailable, LogLost, NotFound
@@ -65,12 +66,16 @@ SHAPE_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What a reference means today. `alias` is the pointer it went through, if any."""
+    """What a reference means today. `alias` is the pointer it went through, if any.
+
+    `remembered`: what it meant when the hub was last asked; it cannot be reached now.
+    """
 
     name: str
     version: int
     digest: str
     alias: str | None
+    remembered: bool = False
 
     @property
     def label(self) -> str:
@@ -158,7 +163,8 @@ class Source:
             raise ModelNotFound(UNKNOWN_MODEL.format(text[:200]) + self._hint(reference)) from error
         except HubError as error:
             raise _server_error(text, error) from error
-        resolution = Resolution(found.name, found.version, found.digest, found.alias)
+        remembered = isinstance(found, Remembered)
+        resolution = Resolution(found.name, found.version, found.digest, found.alias, remembered)
         if found.alias is None:
             self._fixed[text] = resolution
             if len(self._fixed) > MAX_FIXED:

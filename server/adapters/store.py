@@ -15,7 +15,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import dataclass, replace
@@ -162,6 +162,8 @@ class AdapterStore:
         self._joins: OrderedDict[tuple[str, ...], Join] = OrderedDict()  # least recently used first
         self._failed: dict[str, tuple[Resolution, ServerError]] = {}
         self._pointers: dict[tuple[str, str], Pointer] = {}
+        self._moves: Counter[str] = Counter()  # by name, how often its aliases were looked at anew
+        self._catching_up = 0  # how often those of all names were
         self._named: dict[str, str] = {}  # names given by load_lora_adapter
         self._load_slots = asyncio.Semaphore(config.max_concurrent_loads)
         self._quiet = QuietThreads(config.max_concurrent_loads)
@@ -403,7 +405,7 @@ class AdapterStore:
                     async for events in batches:
                         if events:
                             self._catalogue.forget_names()
-                        for name in dict.fromkeys(event.name for event in events):
+                        for name in {event.name for event in events} | self._from_memory():
                             await self._follow(name)
                         seen = max([seen, *(event.seq for event in events)])
                         self._found(seen)
@@ -445,9 +447,14 @@ class AdapterStore:
 
     async def _follow_all(self, seen: int) -> None:
         self._catalogue.forget_names()
+        self._catching_up += 1
         for name in {name for name, _ in self._pointers}:
             await self._follow(name)
         self._found(seen)
+
+    def _from_memory(self) -> set[str]:
+        """Names first asked for while the hub was away: their aliases may have moved before the events seen."""
+        return {name for (name, _), pointer in self._pointers.items() if pointer.serving.remembered}
 
     def _found(self, seen: int) -> None:
         if not self._hub.reachable:
@@ -514,9 +521,10 @@ class AdapterStore:
         except (AdapterIncompatible, AdapterUnavailable) as error:
             if key is None:
                 raise
-            resident, resolution = await self._ensure_earlier(key, error)
-        if key and key not in self._pointers:
-            self._pointers[key] = Pointer(resolution)
+            failed, (resident, resolution) = resolution, await self._ensure_earlier(key, error)
+            pointer = self._pointers.get(key)
+            if pointer and pointer.serving == failed:
+                self._pointers[key] = replace(pointer, serving=resolution)
         return resident, resolution
 
     async def _resolved(self, text: str) -> Resolution:
@@ -526,7 +534,17 @@ class AdapterStore:
         pointer = self._pointers.get(key) if key else None
         if key and pointer and pointer.pending:
             pointer = await self._advance(key, pointer)
+        if key and not pointer:
+            pointer = await self._point(key, reference)
         return pointer.serving if pointer else await asyncio.to_thread(self._source.resolve, reference)
+
+    async def _point(self, key: tuple[str, str], reference: str) -> Pointer:
+        """Find out where an alias points when it is asked for first; from then on its moves are followed."""
+        while True:
+            before = self._moves[key[0]], self._catching_up
+            resolution = await asyncio.to_thread(self._source.resolve, reference)
+            if before == (self._moves[key[0]], self._catching_up):  # else it may have moved, with nothing to follow yet
+                return self._pointers.setdefault(key, Pointer(resolution))
 
     async def _ensure_earlier(self, key: tuple[str, str], error: ServerError) -> tuple[Resident, Resolution]:
         """What an alias serves when its version fails and none before it is at work here: where the alias was before.
@@ -699,21 +717,23 @@ class AdapterStore:
 
     async def _follow(self, name: str) -> None:
         """Something happened to a name: find out where its aliases in use point now."""
-        for key, pointer in list(self._pointers.items()):
-            if key[0] != name:
-                continue
+        self._moves[name] += 1
+        for key in [key for key in self._pointers if key[0] == name]:
             try:
                 resolution = await asyncio.to_thread(self._source.resolve, f"{key[0]}@{key[1]}")
             except ModelNotFound:
                 del self._pointers[key]
                 continue
-            if resolution.digest == pointer.serving.digest:
+            if resolution.remembered:
+                raise Unavailable(f"the hub cannot be reached for {name}", retry_after_s=RECONNECT_S)
+            serving = self._pointers[key].serving  # by now
+            if resolution.digest == serving.digest:
                 self._pointers[key] = Pointer(resolution)
                 continue
             if resolution.digest in self._failed:
                 continue
-            self._pointers[key] = moved = Pointer(pointer.serving, resolution)
-            if pointer.serving.digest in self._resident:
+            self._pointers[key] = moved = Pointer(serving, resolution)
+            if serving.digest in self._resident or serving.digest in self._loading:
                 self._spawn(key, moved)
 
     def _spawn(self, key: tuple[str, str], pointer: Pointer) -> None:
