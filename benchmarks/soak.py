@@ -37,7 +37,7 @@ from benchmarks.report import SERVING, Counts, Report, command
 from hub.ref import parse_reference
 from hub.registry import LocalHub
 from tests.oracle.conftest import ARCHITECTURES, SMALL, TinyBase
-from tests.oracle.kinds import make_adapter, rows
+from tests.oracle.kinds import INVOCATION, make_adapter, rows
 
 ARCHITECTURE = "llama"
 PROMPTS, PROMPT, NEW = 4, 12, 24  # texts of so many tokens, so many new ones
@@ -131,6 +131,7 @@ def run(room: Path, counts: Counts) -> Report:
         "seconds": seconds,
         "left": left,
         **asdict(tally),
+        "done": dict(tally.done),  # what asdict makes of a Counter counts its pairs
         "wrong": tally.wrong[:TOLD],
         "failed": tally.failed[:TOLD],
         "wrong_count": len(tally.wrong),
@@ -170,7 +171,8 @@ async def ask_alone(
             answer = await client.post("/v1/completions", json=body(model, prompt))
             if mixed and answer.status_code == httpx.codes.BAD_REQUEST:
                 break
-            answer.raise_for_status()
+            if not answer.is_success:
+                raise RuntimeError(f"{model} does not serve alone: {answer.text[:500]}")
             alone[answer.headers[HEADER], prompt] = read(answer.json())
         else:
             fusions += [model] if mixed else []
@@ -231,7 +233,9 @@ async def what_is_left(client: httpx.AsyncClient) -> Report:
 
 
 def body(model: str, prompt: int) -> dict[str, Any]:
+    """Every prompt holds the tokens that wake an activated adapter."""
     ids = torch.randint(3, SMALL["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(prompt)).tolist()
+    ids[PROMPT // 2 : PROMPT // 2] = INVOCATION
     return {"model": model, "prompt": ids, "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "logprobs": 2}
 
 

@@ -115,8 +115,10 @@ typedef struct {
     void (*norm[2])(const void *x, const void *weight, float offset, float eps, void *out, int64_t count);
     void (*swiglu[2])(const void *a, const void *b, void *out, int64_t count);
     void (*rotate[2])(const void *x, const void *cos, const void *sin, void *out, int64_t half, int64_t count);
+    float (*round[2])(const void *x, uint8_t *codes, int64_t count, float least);
+    void (*scale[2])(const float *x, float scale, void *out, int64_t count);
     void (*widen_row)(const uint16_t *from, float *to, int64_t count);
-    void (*add_row)(uint16_t *y, const float *delta, int64_t count);
+    void (*narrow_row)(const float *from, uint16_t *to, int64_t count);
     void (*widen_4)(const uint8_t *codes, const float *levels, const float *scales, const float *offsets, int64_t inputs,
                     int64_t group, float *into);
     void (*widen_8)(const uint8_t *codes, float scale, int64_t inputs, float *into);
@@ -127,7 +129,8 @@ typedef struct {
         {NAME(shrink_FP32), NAME(shrink_BF16), NAME(shrink_FP16)}, \
         {NAME(expand_FP32), NAME(expand_BF16), NAME(expand_FP16)}, \
         {NAME(attend_FP32), NAME(attend_BF16)}, {NAME(norm_FP32), NAME(norm_BF16)}, \
-        {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, NAME(widen_row), NAME(add_row), \
+        {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, \
+        {NAME(round_FP32), NAME(round_BF16)}, {NAME(scale_FP32), NAME(scale_BF16)}, NAME(widen_row), NAME(narrow_row), \
         NAME(widen_4), NAME(widen_8) }
 #define V4(x) x##_v4
 #define V3(x) x##_v3
@@ -155,105 +158,134 @@ static float *room(int64_t floats) {
     return kept;
 }
 
-/* One (run, pair) after another, with the place of its first number in the scratch of middles. */
-#define FOR_PAIRS(run, pair, at)                                                                       \
-    for (const pair_t *pair = pairs + (run)->first_pair; pair < pairs + (run)->first_pair + (run)->pairs; \
-         at += (run)->count * ranks_of(held + pair->column), pair++)
+/* A call of mg_lowrank: what all of its pieces share. A piece is a few neighbouring tokens that carry the same adapters. */
+typedef struct {
+    const loops_t *fast;
+    const void *x;
+    int64_t x_row, inputs;
+    int type;
+    void *const *y;
+    const int64_t *y_row;
+    int64_t members;
+    const pair_t *pairs;
+    const terms_t *held;
+} lowrank_t;
 
-static int64_t ranks_of(const terms_t *own) {
+/* One term after another of the adapters that a run's tokens carry, those with a gate of zero left out. */
+#define FOR_TERMS(job, run, pair, term)                                                                          \
+    for (const pair_t *pair = (job)->pairs + (run)->first_pair; pair < (job)->pairs + (run)->first_pair + (run)->pairs; \
+         pair++)                                                                                                 \
+        for (const term_t *term = (job)->held[pair->column].terms;                                               \
+             pair->gate != 0 && term < (job)->held[pair->column].terms + (job)->held[pair->column].count; term++)
+
+static int64_t ranks_of(const lowrank_t *job, const run_t *run) {
     int64_t total = 0;
-    for (int64_t e = 0; e < own->count; e++) total += own->terms[e].rank;
+    FOR_TERMS(job, run, pair, term) total += term->rank;
     return total;
 }
 
-/* A few tokens' and outputs' sum over their adapters: in place in fp32; otherwise aside, so that it is rounded once. */
-static void expand_piece(const loops_t *fast, void *y, int64_t y_row, int type, int64_t member, int64_t t, int64_t o, const run_t *run,
-                         const pair_t *pairs, const terms_t *held, const float *middles) {
-    float tile[TOKENS * OUTPUTS];
-    const int64_t tokens = at_most(run->count - t, TOKENS), first = (run->first + t) * y_row + o;
-    int64_t count = 0, at = 0;
-    if (type != FP32) memset(tile, 0, sizeof tile);
-    FOR_PAIRS(run, pair, at) {
-        int64_t before = at;
-        for (int64_t e = 0; e < held[pair->column].count && pair->gate != 0; e++) {
-            const term_t *const term = held[pair->column].terms + e;
-            const float *const middle = middles + before + t * term->rank;
-            before += run->count * term->rank;
-            if (term->member != member) continue;
-            count = at_most(term->outputs - o, OUTPUTS);
-            float *const into = type == FP32 ? (float *)y + first : tile;
-            fast->expand[term->B_type](middle, term->rank, tokens, term->B, term->rank, term->outputs, o, count, into,
-                                       type == FP32 ? y_row : OUTPUTS);
-        }
+/* middles[term][t] = gate * scaling * A x[t], a share of the ranks: every `all`-th from `me` on, RANKS at a time. */
+static void shrink_piece(const lowrank_t *job, const run_t *run, int64_t first, int64_t tokens, float *middles, float *wide_x,
+                         int me, int all) {
+    const float *x = (const float *)job->x + first * job->x_row;
+    int64_t x_row = job->x_row, work = 0;
+    if (job->type == BF16) {
+        for (int64_t t = 0; t < tokens; t++)
+            job->fast->widen_row((const uint16_t *)job->x + (first + t) * job->x_row, wide_x + t * job->inputs, job->inputs);
+        x = wide_x, x_row = job->inputs;
     }
-    for (int64_t a = 0; a < tokens && type != FP32; a++)
-        fast->add_row((uint16_t *)y + first + a * y_row, tile + a * OUTPUTS, count);
+    FOR_TERMS(job, run, pair, term) {
+        const float factor = pair->gate * term->scaling;
+        for (int64_t r = 0; r < term->rank; r += RANKS) {
+            if (work++ % all != me) continue;
+            const int64_t ranks = at_most(term->rank - r, RANKS);
+            job->fast->shrink[term->A_type](x, x_row, tokens, term->A, r, ranks, job->inputs, middles + r, term->rank);
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t i = r; i < r + ranks; i++) middles[t * term->rank + i] *= factor;
+        }
+        middles += tokens * term->rank;
+    }
+}
+
+/* y[t] += sum of B middles[term][t], a share of the outputs. In bf16 aside, so that it is rounded once. */
+static void expand_piece(const lowrank_t *job, const run_t *run, int64_t first, int64_t tokens, const float *middles, int me,
+                         int all) {
+    float tile[TOKENS * OUTPUTS];
+    int64_t widest[MEMBERS] = {0}, work = 0;
+    FOR_TERMS(job, run, pair, term) widest[term->member] = term->outputs;
+    for (int64_t m = 0; m < job->members; m++)
+        for (int64_t o = 0; o < widest[m]; o += OUTPUTS) {
+            if (work++ % all != me) continue;
+            const int64_t count = at_most(widest[m] - o, OUTPUTS), row = job->y_row[m];
+            uint16_t *const y = (uint16_t *)job->y[m] + first * row + o;
+            float *const into = job->type == FP32 ? (float *)job->y[m] + first * row + o : tile;
+            const int64_t into_row = job->type == FP32 ? row : OUTPUTS;
+            for (int64_t t = 0; t < tokens && job->type != FP32; t++)
+                job->fast->widen_row(y + t * row, tile + t * OUTPUTS, count);
+            const float *middle = middles;
+            FOR_TERMS(job, run, pair, term) {
+                if (term->member == m)
+                    job->fast->expand[term->B_type](middle, term->rank, tokens, term->B, term->rank, term->outputs, o, count,
+                                                    into, into_row);
+                middle += tokens * term->rank;
+            }
+            for (int64_t t = 0; t < tokens && job->type != FP32; t++)
+                job->fast->narrow_row(tile + t * OUTPUTS, y + t * row, count);
+        }
 }
 
 /* y_m[t] += sum_k g_k scaling_k B_k A_k x[t], for each of a token's adapters k and each Linear m that reads x.
 
    x: (tokens, inputs), rows `x_row` apart. y[m]: rows y_row[m] apart. All of `type`, FP32 or BF16. held[column]: the
    terms of an adapter here; none where its count is 0. A pair whose gate is 0 is left out, and what overflows in one
-   adapter stays with the tokens that carry it. Returns 0, or -1 when there is no memory. */
+   adapter stays with the tokens that carry it. Threads share out the pieces and meet at the end alone; where there are
+   fewer pieces than threads, they share out each. Returns 0, or -1 when there is no memory. */
 int mg_lowrank(const void *x, int64_t x_row, int64_t tokens, int64_t inputs, int type, void *const *y,
                const int64_t *y_row, int64_t members, const run_t *runs, int64_t run_count, const pair_t *pairs,
                const terms_t *held, int threads) {
-    const loops_t *const fast = loops();
-    int64_t needed = 0;
-    for (const run_t *run = runs; run < runs + run_count; run++) FOR_PAIRS(run, pair, needed);
+    const lowrank_t job = {loops(), x, x_row, inputs, type, y, y_row, members, pairs, held};
+    int64_t most = 0, needed = 0, pieces = 0;
+    for (const run_t *run = runs; run < runs + run_count; run++) {
+        const int64_t ranks = ranks_of(&job, run);
+        needed += run->count * ranks;
+        most = ranks > most ? ranks : most;
+        pieces += (run->count + TOKENS - 1) / TOKENS;
+    }
     if (!needed) return 0;
-    const int64_t widened = type == BF16 ? tokens * inputs : 0;
-    float *const middles = room(needed + widened);
-    if (!middles) return -1;
-    float *const wide_x = middles + needed;
-#pragma omp parallel num_threads(threads_for(needed * inputs, threads))
+    threads = threads_for(needed * inputs, threads);
+    const int together = pieces < threads;
+    float *const shared = together ? room(needed + threads * TOKENS * inputs) : NULL;
+    if (together && !shared) return -1;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
     {
         const int me = omp_get_thread_num(), all = omp_get_num_threads();
-        const float *own_x = x;
-        int64_t own_row = x_row, work = 0, at = 0;
-        if (type == BF16) {
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < tokens; t++)
-                fast->widen_row((const uint16_t *)x + t * x_row, wide_x + t * inputs, inputs);
-            own_x = wide_x, own_row = inputs;
-        }
-        for (const run_t *run = runs; run < runs + run_count; run++)
-            FOR_PAIRS(run, pair, at) {
-                int64_t before = at;
-                for (int64_t e = 0; e < held[pair->column].count && pair->gate != 0; e++) {
-                    const term_t *const term = held[pair->column].terms + e;
-                    float *const middle = middles + before;
-                    before += run->count * term->rank;
-                    const float factor = pair->gate * term->scaling;
-                    for (int64_t t = 0; t < run->count; t += TOKENS)
-                        for (int64_t r = 0; r < term->rank; r += RANKS) {
-                            if (work++ % all != me) continue;
-                            const int64_t some = at_most(run->count - t, TOKENS);
-                            const int64_t ranks = at_most(term->rank - r, RANKS);
-                            float *const into = middle + t * term->rank + r;
-                            fast->shrink[term->A_type](own_x + (run->first + t) * own_row, own_row, some, term->A, r,
-                                                       ranks, inputs, into, term->rank);
-                            for (int64_t a = 0; a < some; a++)
-                                for (int64_t b = 0; b < ranks; b++) into[a * term->rank + b] *= factor;
-                        }
+        float *const own = together ? shared + needed + me * TOKENS * inputs : room(TOKENS * (inputs + most));
+        if (!own) failed = -1;
+        int64_t work = 0, at = 0;
+        for (const run_t *run = runs; own && run < runs + run_count; run++)
+            for (int64_t t = 0; t < run->count; t += TOKENS) {
+                const int64_t first = run->first + t, some = at_most(run->count - t, TOKENS);
+                if (together) {
+                    shrink_piece(&job, run, first, some, shared + at, own, me, all);
+                    at += some * ranks_of(&job, run);
+                } else if (work++ % all == me) {
+                    shrink_piece(&job, run, first, some, own + TOKENS * inputs, own, 0, 1);
+                    expand_piece(&job, run, first, some, own + TOKENS * inputs, 0, 1);
                 }
             }
+        if (together) {
 #pragma omp barrier
-        work = at = 0;
-        for (const run_t *run = runs; run < runs + run_count; run++) {
-            const int64_t first = at;
-            int64_t widest[MEMBERS] = {0};
-            FOR_PAIRS(run, pair, at)
-                for (int64_t e = 0; e < held[pair->column].count && pair->gate != 0; e++)
-                    widest[held[pair->column].terms[e].member] = held[pair->column].terms[e].outputs;
-            for (int64_t m = 0; m < members; m++)
-                for (int64_t t = 0; t < run->count; t += TOKENS)
-                    for (int64_t o = 0; o < widest[m]; o += OUTPUTS)
-                        if (work++ % all == me)
-                            expand_piece(fast, y[m], y_row[m], type, m, t, o, run, pairs, held, middles + first);
+            at = 0;
+            for (const run_t *run = runs; run < runs + run_count; run++)
+                for (int64_t t = 0; t < run->count; t += TOKENS) {
+                    const int64_t some = at_most(run->count - t, TOKENS);
+                    expand_piece(&job, run, run->first + t, some, shared + at, me, all);
+                    at += some * ranks_of(&job, run);
+                }
         }
     }
-    return 0;
+    return failed;
 }
 
 /* The newest token of each sequence over its cached positions.
@@ -321,6 +353,23 @@ void mg_swiglu(const void *a, int64_t a_row, const void *b, int64_t b_row, int64
 #pragma omp parallel for num_threads(threads_for(rows * count, threads)) schedule(static)
     for (int64_t n = 0; n < rows; n++)
         fast->swiglu[type](moved(a, n * a_row, type), moved(b, n * b_row, type), moved(out, n * count, type), count);
+}
+
+/* Each row of x in codes of a byte, zero at 128, with a scale of its own, `least` at least. Rows of x `x_row` apart. */
+void mg_round(const void *x, int64_t x_row, int64_t rows, int64_t count, uint8_t *codes, float *scales, float least,
+              int type, int threads) {
+    const loops_t *const fast = loops();
+#pragma omp parallel for num_threads(threads_for(rows * count, threads)) schedule(static)
+    for (int64_t n = 0; n < rows; n++)
+        scales[n] = fast->round[type](moved(x, n * x_row, type), codes + n * count, count, least);
+}
+
+/* Each row of x times its scale. x is fp32 and lies side by side like out, which is of `type`. */
+void mg_scale(const float *x, const float *scales, int64_t rows, int64_t count, void *out, int type, int threads) {
+    const loops_t *const fast = loops();
+#pragma omp parallel for num_threads(threads_for(rows * count, threads)) schedule(static)
+    for (int64_t n = 0; n < rows; n++)
+        fast->scale[type](x + n * count, scales[n], moved(out, n * count, type), count);
 }
 
 /* What stands before attention: queries rotated where they are, keys rotated on their way to the cache, values copied.

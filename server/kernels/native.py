@@ -36,6 +36,11 @@ _SIGNATURES = {
         *(_POINTER, _INTEGER, _POINTER, _INTEGER),  # a, b
         *(_INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
     ),
+    "mg_round": (
+        *(_POINTER, _INTEGER, _INTEGER, _INTEGER),  # x
+        *(_POINTER, _POINTER, _FLOAT, _TYPE, _TYPE),  # codes, scales
+    ),
+    "mg_scale": (_POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
     "mg_rotate_and_store": (
         *(_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER),  # query, key, value
         *(_INTEGER, _INTEGER, _INTEGER, _INTEGER),  # tokens, heads, kv_heads, dim
@@ -172,6 +177,35 @@ def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     return out_TF
+
+
+def round_rows(x_TI: Tensor, *, least: float) -> tuple[Tensor, Tensor]:
+    """Each row in bytes (T, I), 128 for zero, and its scale (T), fp32: its largest size by 127, or `least`."""
+    assert LIBRARY is not None
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    codes_TI, scales_T = torch.empty(x_TI.shape, dtype=torch.uint8), torch.empty(len(x_TI))
+    LIBRARY.mg_round(
+        x_TI.data_ptr(),
+        x_TI.stride(0),
+        *x_TI.shape,
+        codes_TI.data_ptr(),
+        scales_T.data_ptr(),
+        least,
+        TYPES[x_TI.dtype],
+        torch.get_num_threads(),
+    )
+    return codes_TI, scales_T
+
+
+def scale_rows(y_TO: Tensor, scales_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """y, in fp32, times each row's scale, rounded once."""
+    assert LIBRARY is not None and y_TO.is_contiguous()
+    out_TO = y_TO if dtype == torch.float32 else torch.empty(y_TO.shape, dtype=dtype)
+    LIBRARY.mg_scale(
+        y_TO.data_ptr(), scales_T.data_ptr(), *y_TO.shape, out_TO.data_ptr(), TYPES[dtype], torch.get_num_threads()
+    )
+    return out_TO
 
 
 def rotate_and_store(

@@ -18,6 +18,7 @@ typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define load_bf16 NAME(load_bf16)
 #define load_fp16 NAME(load_fp16)
 #define load NAME(load)
+#define store_bf16 NAME(store_bf16)
 #define load_some NAME(load_some)
 #define sum NAME(sum)
 #define exp_vec NAME(exp_vec)
@@ -27,6 +28,8 @@ typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define rotate_row NAME(rotate_row)
 #define swiglu_row NAME(swiglu_row)
 #define norm_row NAME(norm_row)
+#define round_row NAME(round_row)
+#define scale_row NAME(scale_row)
 
 INLINE vec load_fp32(const float *p) {
     vec v;
@@ -66,6 +69,19 @@ INLINE vec load(const void *p, int64_t at, const int type) {
     if (type == FP32) return load_fp32((const float *)p + at);
     if (type == BF16) return load_bf16((const uint16_t *)p + at);
     return load_fp16((const uint16_t *)p + at);
+}
+
+/* To bf16: to nearest, ties to even; what is no number stays none. */
+INLINE void store_bf16(uint16_t *p, vec value) {
+    const uvec bits = (uvec)value, none = (uvec)(value != value);
+    const uvec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const uvec made = (rounded & ~none) | ((bits >> 16 | 0x40) & none);
+#if LANES == 16 && defined(X86)
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16((__m512i)made));
+#else
+    const hvec half = __builtin_convertvector(made, hvec);
+    memcpy(p, &half, sizeof half);
+#endif
 }
 
 /* The `left` values from `at` on, and zeros. */
@@ -185,11 +201,18 @@ EXPAND(BF16)
 EXPAND(FP16)
 
 static void NAME(widen_row)(const uint16_t *from, float *to, int64_t count) {
-    for (int64_t i = 0; i < count; i++) to[i] = widen(from, i, BF16);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const vec wide = load_bf16(from + i);
+        memcpy(to + i, &wide, sizeof wide);
+    }
+    for (; i < count; i++) to[i] = widen(from, i, BF16);
 }
 
-static void NAME(add_row)(uint16_t *y, const float *delta, int64_t count) {
-    for (int64_t i = 0; i < count; i++) y[i] = narrow(widen(y, i, BF16) + delta[i]);
+static void NAME(narrow_row)(const float *from, uint16_t *to, int64_t count) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store_bf16(to + i, load_fp32(from + i));
+    for (; i < count; i++) to[i] = narrow(from[i]);
 }
 
 INLINE uvec load_bytes(const uint8_t *p) {
@@ -267,11 +290,17 @@ static void NAME(widen_8)(const uint8_t *codes, float scale, int64_t inputs, flo
 
 /* exp for x <= 0, off by 2 units in the last place at most; 0 below -87. Cephes' polynomial. */
 INLINE vec exp_vec(vec x) {
-    const vec floor = (vec){0} - 87.0f;
+    const vec floor = (vec){0} - 87.0f, log2e = (vec){0} + 1.44269504f;
+#if LANES == 16 && defined(X86)
+    const __mmask16 whole = _mm512_cmp_ps_mask((__m512)x, (__m512)floor, _CMP_NLT_UQ);
+    x = (vec)_mm512_max_ps((__m512)floor, (__m512)x);
+    const vec n = (vec)_mm512_roundscale_ps((__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT);
+#else
     const uvec tiny = (uvec)(x < floor);
     x = (vec)(((uvec)x & ~tiny) | ((uvec)floor & tiny));
     const vec shift = (vec){0} + 0x1.8p23f;
-    const vec n = (x * 1.44269504f + shift) - shift;
+    const vec n = (x * log2e + shift) - shift;
+#endif
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -279,8 +308,12 @@ INLINE vec exp_vec(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if LANES == 16 && defined(X86)
+    return (vec)_mm512_maskz_scalef_ps(whole, (__m512)p, (__m512)n);
+#else
     const uvec power = (uvec)(__builtin_convertvector(n, ivec) + 127) << 23;
     return (vec)((uvec)(p * (vec)power) & ~tiny);
+#endif
 }
 
 INLINE vec larger(vec a, vec b) {
@@ -293,8 +326,9 @@ INLINE vec larger(vec a, vec b) {
 
 INLINE void store_up_to(void *p, int64_t at, int64_t left, vec value, const int type) {
     float lanes[LANES];
-    if (type == FP32 && left >= LANES) {
-        memcpy((float *)p + at, &value, sizeof value);
+    if (left >= LANES) {
+        if (type == FP32) memcpy((float *)p + at, &value, sizeof value);
+        else store_bf16((uint16_t *)p + at, value);
         return;
     }
     memcpy(lanes, &value, sizeof value);
@@ -344,6 +378,36 @@ INLINE void rotate_row(const void *x, const void *cos, const void *sin, void *ou
     memmove((char *)out + 2 * half * size, (const char *)x + 2 * half * size, (count - 2 * half) * size);
 }
 
+/* Codes of a row, zero at 128, and its scale: its largest size by 127. What holds a number that is none has such a scale. */
+INLINE float round_row(const void *x, uint8_t *codes, int64_t count, float least, const int type) {
+    vec most = {0};
+    uvec none = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec value = load_up_to(x, i, count - i, type);
+        most = larger((vec)((uvec)value & 0x7fffffff), most);
+        none |= (uvec)(value != value);
+    }
+    float scale = 0;
+    uint32_t strange = 0;
+    for (int lane = 0; lane < LANES; lane++) scale = most[lane] > scale ? most[lane] : scale, strange |= none[lane];
+    scale = strange ? NAN : scale / 127;
+    if (scale < least) scale = least;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const vec value = load_up_to(x, i, count - i, type) / scale;
+        const vec shift = (vec){0} + 0x1.8p23f;
+        const uvec code = (uvec)(value + shift) + 128; /* the nearest whole number, ties to even, in the low bits */
+        const bvec narrowed = __builtin_convertvector(code, bvec);
+        memcpy(codes + i, &narrowed, at_most(LANES, count - i));
+    }
+    return scale;
+}
+
+/* x * scale */
+INLINE void scale_row(const float *x, float scale, void *out, int64_t count, const int type) {
+    for (int64_t i = 0; i < count; i += LANES)
+        store_up_to(out, i, count - i, load_up_to(x, i, count - i, FP32) * scale, type);
+}
+
 #define ROWS(TYPE)                                                                                                  \
     static void NAME(norm_##TYPE)(const void *x, const void *weight, float offset, float eps, void *out,            \
                                   int64_t count) {                                                                  \
@@ -355,6 +419,12 @@ INLINE void rotate_row(const void *x, const void *cos, const void *sin, void *ou
     static void NAME(rotate_##TYPE)(const void *x, const void *cos, const void *sin, void *out, int64_t half,       \
                                     int64_t count) {                                                                \
         rotate_row(x, cos, sin, out, half, count, TYPE);                                                            \
+    }                                                                                                               \
+    static float NAME(round_##TYPE)(const void *x, uint8_t *codes, int64_t count, float least) {                    \
+        return round_row(x, codes, count, least, TYPE);                                                             \
+    }                                                                                                               \
+    static void NAME(scale_##TYPE)(const float *x, float scale, void *out, int64_t count) {                         \
+        scale_row(x, scale, out, count, TYPE);                                                                      \
     }
 ROWS(FP32)
 ROWS(BF16)
@@ -423,6 +493,7 @@ static void NAME(attend_BF16)(const float *query, const void *keys, const void *
 #undef load_bf16
 #undef load_fp16
 #undef load
+#undef store_bf16
 #undef load_some
 #undef sum
 #undef exp_vec
@@ -436,6 +507,8 @@ static void NAME(attend_BF16)(const float *query, const void *keys, const void *
 #undef rotate_row
 #undef swiglu_row
 #undef norm_row
+#undef round_row
+#undef scale_row
 #undef DOTS
 #undef SHRINK
 #undef SPREAD

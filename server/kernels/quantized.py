@@ -1,9 +1,9 @@
 """Weights of the base in few bits, and their products on a CPU.
 
-`Rows` is int8: a scale per output. FBGEMM multiplies bytes by bytes, so activations become bytes, too, with a scale per
-token: a token's answer does not depend on its neighbours. Without VNNI its products of two bytes are added in 16 bits,
-which saturate; weights then keep to 7 bits (255 * 63 * 2 < 2^15), not activations, whose range the outliers set
-(docs/bases.md has the figures of both).
+`Rows` is int8: a scale per output. Bytes are multiplied by bytes, so activations become bytes, too, with a scale per
+token: a token's answer does not depend on its neighbours. With VNNI or AMX the products are oneDNN's. Other processors
+have FBGEMM's, where products of two bytes are added in 16 bits, which saturate: weights then keep to 7 bits
+(255 * 63 * 2 < 2^15), not activations, whose range the outliers set (docs/bases.md has the figures of both).
 
 `Coded` has a table of 16 levels (NF4; 0 to 15 for GPTQ and AWQ), and scales, with offsets where zero is no level, for
 groups of inputs; or float8 numbers and a scale per output. Activations stay as they are: a few outputs' weights are
@@ -73,13 +73,23 @@ class Rows:
     def product(self, others: Sequence[Rows]) -> Product:
         parts = [self, *others]
         whole = Rows(torch.cat([part.codes_OI for part in parts]), torch.cat([part.scales_O for part in parts]))
-        return Int8(whole) if "fbgemm" in torch.backends.quantized.supported_engines else Int8Plain(whole)
+        if has_ordered_bytes():
+            return Int8Ordered(whole)
+        return Int8(whole) if has_fbgemm() else Int8Plain(whole)
+
+
+def has_ordered_bytes() -> bool:
+    """Whether oneDNN multiplies bytes in 32 bits here, and there are native kernels to make them."""
+    return native.LIBRARY is not None and torch.cpu._is_vnni_supported()
+
+
+def has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def largest_code() -> int:
     """Of an int8 weight on this machine."""
-    saturates = "fbgemm" in torch.backends.quantized.supported_engines and not torch.cpu._is_vnni_supported()
-    return SEVEN_BITS if saturates else BYTE
+    return SEVEN_BITS if has_fbgemm() and not torch.cpu._is_vnni_supported() else BYTE
 
 
 def round_rows(weight_OI: Tensor, largest: int) -> Rows:
@@ -87,6 +97,29 @@ def round_rows(weight_OI: Tensor, largest: int) -> Rows:
     weight_OI = weight_OI.float()
     scales_O = (weight_OI.abs().amax(1) / largest).clamp_(min=SMALLEST)
     return Rows((weight_OI / scales_O[:, None]).round_().to(torch.int8), scales_O)
+
+
+class Int8Ordered:
+    """In oneDNN's own order. A token with a number that is none answers with such numbers alone, and no other does."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._packed = torch.ops.onednn.qlinear_prepack(rows.codes_OI, None)
+        self._scales_O = rows.scales_O
+        self._zeros_O = torch.zeros(len(rows.scales_O), dtype=torch.long)
+        self.bytes = rows.codes_OI.nbytes + rows.scales_O.nbytes + self._zeros_O.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        codes_TI, scales_T = native.round_rows(x.reshape(-1, x.shape[-1]), least=SMALLEST)
+        y_TO = torch.ops.onednn.qlinear_pointwise(
+            *(codes_TI, 1.0, MIDDLE),
+            *(self._packed, self._scales_O, self._zeros_O, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+        return native.scale_rows(y_TO, scales_T, x.dtype).view(*x.shape[:-1], y_TO.shape[1])
+
+    def weight(self) -> Tensor:
+        codes_IO: Tensor = self._packed.to_dense()
+        return codes_IO.t().float() * self._scales_O[:, None]
 
 
 class Int8:
@@ -118,6 +151,8 @@ class Int8Plain:
         self.bytes = rows.codes_OI.nbytes + rows.scales_O.nbytes
         self._rows = rows
         self._codes_IO = rows.codes_OI.t()
+        if rows.codes_OI.shape[1] == 1:  # the product misreads one row whose strides are both 1
+            self._codes_IO = self._codes_IO.clone(memory_format=torch.contiguous_format)
 
     def __call__(self, x: Tensor) -> Tensor:
         scaled, scales = _scaled(x)

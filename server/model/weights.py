@@ -10,6 +10,7 @@ Source: bitsandbytes 0.50.2, functional.py `_convert_weight_packed_for_cpu`, `in
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -51,9 +52,13 @@ def base_weight(base: nn.Module) -> Tensor:
 
 
 def _nf4(weight: Any) -> Tensor:
+    """Asked for with a block a row: on CPUs with AVX-512 rows that are no whole blocks would come back wrong."""
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.detach(), weight.quant_state).float()
+    state = copy.copy(weight.quant_state)
+    if state.shape.numel() % state.blocksize == 0:
+        state.shape = torch.Size((state.shape.numel() // state.blocksize, state.blocksize))
+    return dequantize_4bit(weight.detach(), state).float().view(weight.quant_state.shape)
 
 
 def _packed_nf4(packed: Tensor, state: Any) -> Tensor:

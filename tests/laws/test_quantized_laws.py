@@ -14,8 +14,11 @@ from server.kernels.quantized import (
     SEVEN_BITS,
     Coded,
     Int8,
+    Int8Ordered,
     Int8Plain,
     Rows,
+    has_fbgemm,
+    has_ordered_bytes,
     largest_code,
     multiply_by_tiles,
     pack,
@@ -26,13 +29,13 @@ from server.kernels.quantized import (
 
 CLOSE = 1e-5  # of the sum of magnitudes, in fp32
 BETWEEN = 2.0**-14  # FBGEMM adds 128 before it rounds, in fp32
-fbgemm = pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="this build of torch has no FBGEMM"
-)
+Bytes = type[Int8] | type[Int8Ordered] | type[Int8Plain]
 
 
-def int8_kinds() -> list[type[Int8] | type[Int8Plain]]:
-    return [Int8, Int8Plain] if "fbgemm" in torch.backends.quantized.supported_engines else [Int8Plain]
+def int8_kinds() -> list[Bytes]:
+    fast: list[Bytes] = [Int8] if has_fbgemm() else []
+    fast += [Int8Ordered] if has_ordered_bytes() else []
+    return [*fast, Int8Plain]
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,20 +80,20 @@ def test_int8_is_the_dense_product_of_rounded_tokens(
     assert torch.equal(joint.weight(), dense) and joint.bytes >= dense.numel()
 
 
-@fbgemm
-def test_sums_of_the_largest_codes_do_not_saturate() -> None:
+@pytest.mark.parametrize("kind", int8_kinds())
+def test_sums_of_the_largest_codes_do_not_saturate(kind: Bytes) -> None:
     """Each product of two bytes is as large as it gets; the plain products cannot overflow."""
     largest = largest_code()
     rows = Rows(torch.full((16, 512), largest, dtype=torch.int8), torch.ones(16))
     for sign in (1, -1):
         x = torch.full((5, 512), 3.0 * sign)
-        assert torch.equal(Int8(rows)(x), Int8Plain(rows)(x))
-        torch.testing.assert_close(Int8(rows)(x), torch.full((5, 16), 3.0 * sign * 512 * largest))
+        assert torch.equal(kind(rows)(x), Int8Plain(rows)(x))
+        torch.testing.assert_close(kind(rows)(x), torch.full((5, 16), 3.0 * sign * 512 * largest))
     assert largest in (SEVEN_BITS, BYTE)
 
 
 @pytest.mark.parametrize("kind", int8_kinds())
-def test_a_token_does_not_depend_on_its_neighbours_whatever_they_are(kind: type[Int8] | type[Int8Plain]) -> None:
+def test_a_token_does_not_depend_on_its_neighbours_whatever_they_are(kind: Bytes) -> None:
     generator = torch.Generator().manual_seed(3)
     product = kind(round_rows(torch.randn(40, 64, generator=generator), largest_code()))
     x = torch.randn(6, 64, generator=generator)

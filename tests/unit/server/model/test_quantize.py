@@ -35,12 +35,18 @@ class Small(nn.Module):
 def test_the_codes_of_bitsandbytes_are_its_weights(inputs: int, nested: bool, kind: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
-    linear: Any = bitsandbytes.nn.Linear4bit(inputs, 64, bias=False, compute_dtype=torch.float32)
-    linear.weight = bitsandbytes.nn.Params4bit(
-        torch.randn(64, inputs), requires_grad=False, quant_type=kind, compress_statistics=nested
-    )
-    linear = linear.to("cpu").eval()
-    expected = bitsandbytes.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    numbers = torch.randn(64, inputs)
+
+    def rounded(outputs: int, inputs: int) -> Any:
+        linear: Any = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.float32)
+        linear.weight = bitsandbytes.nn.Params4bit(
+            numbers.view(outputs, inputs), requires_grad=False, quant_type=kind, compress_statistics=nested
+        )
+        return linear.to("cpu").eval()
+
+    linear = rounded(64, inputs)
+    blocks = rounded(inputs, 64)  # the same blocks, a row each: other rows are read wrongly by it on some CPUs
+    expected = bitsandbytes.functional.dequantize_4bit(blocks.weight.data, blocks.weight.quant_state).view(64, inputs)
     held = hold("nf4", Small(linear), CPU)
     assert isinstance(held["body"], Coded) and isinstance(held["head"], Rows)
     torch.testing.assert_close(held["body"].weight(), expected, rtol=1e-6, atol=0)
