@@ -113,6 +113,7 @@ typedef struct {
                       int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim, float softcap,
                       const float *sinks, float *scores, int64_t padded, float *out);
     void (*norm[2])(const void *x, const void *weight, float offset, float eps, void *out, int64_t count);
+    void (*add[2])(const void *x, void *y, int64_t count);
     void (*swiglu[2])(const void *a, const void *b, void *out, int64_t count);
     void (*rotate[2])(const void *x, const void *cos, const void *sin, void *out, int64_t half, int64_t count);
     float (*round[2])(const void *x, uint8_t *codes, int64_t count, float least);
@@ -129,7 +130,7 @@ typedef struct {
         {NAME(shrink_FP32), NAME(shrink_BF16), NAME(shrink_FP16)}, \
         {NAME(expand_FP32), NAME(expand_BF16), NAME(expand_FP16)}, \
         {NAME(attend_FP32), NAME(attend_BF16)}, {NAME(norm_FP32), NAME(norm_BF16)}, \
-        {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, \
+        {NAME(add_FP32), NAME(add_BF16)}, {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, \
         {NAME(round_FP32), NAME(round_BF16)}, {NAME(scale_FP32), NAME(scale_BF16)}, NAME(widen_row), NAME(narrow_row), \
         NAME(widen_4), NAME(widen_8) }
 #define V4(x) x##_v4
@@ -344,6 +345,18 @@ void mg_norm(const void *x, int64_t x_row, int64_t rows, int64_t count, const vo
 #pragma omp parallel for num_threads(threads_for(rows * count, threads)) schedule(static)
     for (int64_t n = 0; n < rows; n++)
         fast->norm[type](moved(x, n * x_row, type), weight, offset, eps, moved(out, n * count, type), count);
+}
+
+/* y += x, rounded, then RMSNorm of that. Rows lie side by side. */
+void mg_add_and_norm(const void *x, void *y, int64_t rows, int64_t count, const void *weight, float offset, float eps,
+                     void *out, int type, int threads) {
+    const loops_t *const fast = loops();
+#pragma omp parallel for num_threads(threads_for(rows * count, threads)) schedule(static)
+    for (int64_t n = 0; n < rows; n++) {
+        void *const own = moved(y, n * count, type);
+        fast->add[type](moved(x, n * count, type), own, count);
+        fast->norm[type](own, weight, offset, eps, moved(out, n * count, type), count);
+    }
 }
 
 /* silu(a) * b: rows a_row and b_row apart, into rows that lie side by side. */

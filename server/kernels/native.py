@@ -32,6 +32,10 @@ _SIGNATURES = {
         *(_POINTER, _INTEGER, _INTEGER, _INTEGER),  # x
         *(_POINTER, _FLOAT, _FLOAT, _POINTER, _TYPE, _TYPE),
     ),
+    "mg_add_and_norm": (
+        *(_POINTER, _POINTER, _INTEGER, _INTEGER),  # x, y
+        *(_POINTER, _FLOAT, _FLOAT, _POINTER, _TYPE, _TYPE),
+    ),
     "mg_swiglu": (
         *(_POINTER, _INTEGER, _POINTER, _INTEGER),  # a, b
         *(_INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
@@ -156,6 +160,26 @@ def rms_norm(x: Tensor, weight_F: Tensor, *, offset: float, eps: float) -> Tenso
         eps,
         out.data_ptr(),
         TYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def add_and_norm(x: Tensor, y: Tensor, weight_F: Tensor, *, offset: float, eps: float) -> Tensor:
+    """`rms_norm` of y + x, which y becomes. All of one dtype and contiguous."""
+    assert LIBRARY is not None and x.is_contiguous() and y.is_contiguous() and x.shape == y.shape
+    out = torch.empty_like(y)
+    features = y.shape[-1]
+    LIBRARY.mg_add_and_norm(
+        x.data_ptr(),
+        y.data_ptr(),
+        y.numel() // features,
+        features,
+        weight_F.data_ptr(),
+        offset,
+        eps,
+        out.data_ptr(),
+        TYPES[y.dtype],
         torch.get_num_threads(),
     )
     return out

@@ -28,6 +28,7 @@ typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define rotate_row NAME(rotate_row)
 #define swiglu_row NAME(swiglu_row)
 #define norm_row NAME(norm_row)
+#define add_row NAME(add_row)
 #define round_row NAME(round_row)
 #define scale_row NAME(scale_row)
 
@@ -352,6 +353,14 @@ INLINE void norm_row(const void *x, const void *weight, float offset, float eps,
     }
 }
 
+/* y += x */
+INLINE void add_row(const void *x, void *y, int64_t count, const int type) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int64_t left = count - i;
+        store_up_to(y, i, left, load_up_to(x, i, left, type) + load_up_to(y, i, left, type), type);
+    }
+}
+
 /* out = a / (1 + exp(-a)) * b */
 INLINE void swiglu_row(const void *a, const void *b, void *out, int64_t count, const int type) {
     for (int64_t i = 0; i < count; i += LANES) {
@@ -413,6 +422,7 @@ INLINE void scale_row(const float *x, float scale, void *out, int64_t count, con
                                   int64_t count) {                                                                  \
         norm_row(x, weight, offset, eps, out, count, TYPE);                                                         \
     }                                                                                                               \
+    static void NAME(add_##TYPE)(const void *x, void *y, int64_t count) { add_row(x, y, count, TYPE); }                \
     static void NAME(swiglu_##TYPE)(const void *a, const void *b, void *out, int64_t count) {                       \
         swiglu_row(a, b, out, count, TYPE);                                                                         \
     }                                                                                                               \
@@ -507,6 +517,7 @@ static void NAME(attend_BF16)(const float *query, const void *keys, const void *
 #undef rotate_row
 #undef swiglu_row
 #undef norm_row
+#undef add_row
 #undef round_row
 #undef scale_row
 #undef DOTS

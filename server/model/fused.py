@@ -1,4 +1,4 @@
-"""What stands between a layer's products, in one native pass each: rotation and storing of keys, SwiGLU.
+"""What stands between a layer's products, in one native pass each: norms, rotation and storing of keys, SwiGLU.
 
 A stock module keeps its place, its hooks and its Linears; only its forward changes. Which modules compute what is meant
 here is known by their class, and proved on the load's own probes; a base that fails goes back to its stock modules
@@ -10,15 +10,15 @@ Source: transformers 5.23, models/qwen2/modeling_qwen2.py, models/qwen3/modeling
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from server.kernels import native
 from server.model.attention import AttentionPlan, in_place, read_cache
-from server.model.grafted import GraftedLinear
+from server.model.grafted import GraftedLinear, GraftedNorm
 
 MODELS = "transformers.models."
 
@@ -55,22 +55,43 @@ MLPS = frozenset(
 )
 
 
+# Layers that add the attention of a norm, then the MLP of a norm, to the stream.
+LAYERS = frozenset(
+    {
+        "llama.modeling_llama.LlamaDecoderLayer",
+        "mistral.modeling_mistral.MistralDecoderLayer",
+        "qwen2.modeling_qwen2.Qwen2DecoderLayer",
+        "qwen3.modeling_qwen3.Qwen3DecoderLayer",
+    }
+)
+
+
 def fuse(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """Give the attentions and MLPs that are known here their native forwards; returns what takes them away again.
+    """Give the layers, attentions and MLPs that are known here native forwards; returns what takes them away again.
 
     `dtype` is that of the activations.
     """
-    fused = []
+    attentions: dict[nn.Module, _Attention] = {}
+    mlps: dict[nn.Module, _Mlp] = {}
+    layers: dict[nn.Module, _Layer] = {}
     for module in network.modules() if native.serves(device, dtype) else ():
         kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix(MODELS)
-        forward: Callable[..., Any] | None = None
         if kind in ATTENTIONS and _are_grafted(module, "q_proj", "k_proj", "v_proj", "o_proj"):
-            forward = _Attention(module, ATTENTIONS[kind](module)).forward
+            attentions[module] = _Attention(module, ATTENTIONS[kind](module))
         elif kind in MLPS and _are_grafted(module, "gate_proj", "up_proj", "down_proj") and _is_silu(module):
-            forward = _mlp(module)
-        if forward is not None:
-            module.forward = forward
-            fused.append(module)
+            mlps[module] = _Mlp(module)
+    for module in network.modules() if attentions and mlps else ():
+        kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix(MODELS)
+        if kind not in LAYERS:
+            continue
+        layer: Any = module
+        attention, mlp = attentions.get(layer.self_attn), mlps.get(layer.mlp)
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        if attention and mlp and all(isinstance(norm, GraftedNorm) for norm in norms):
+            layers[module] = _Layer(layer, attention, mlp)
+    fused: Mapping[nn.Module, Any] = {**attentions, **mlps, **layers}
+    for module, own in fused.items():
+        module.forward = own.forward
 
     def undo() -> None:
         for module in fused:
@@ -79,12 +100,27 @@ def fuse(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Callab
     return undo
 
 
+class _Together:
+    """Linears that read the same input: their outputs (T, O), which nobody else holds, at once."""
+
+    def __init__(self, *linears: GraftedLinear) -> None:
+        self._linears = linears
+        self._joint = linears[0].joint if linears[0].beside == [linear.name for linear in linears] else None
+
+    def __call__(self, x_TI: Tensor) -> Sequence[Tensor]:
+        if self._joint is None or self._linears[0].active.routes is not None:
+            return [linear(x_TI) for linear in self._linears]
+        return self._joint.compute(x_TI)
+
+
 class _Attention:
     def __init__(self, module: Any, window: int | None) -> None:
         self._module = module
         self._window = window
         self._stock = module.forward
         self._norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
+        self._read = _Together(module.q_proj, module.k_proj, module.v_proj)
+        self._write = _Together(module.o_proj)
 
     def forward(
         self,
@@ -94,32 +130,70 @@ class _Attention:
         past_key_values: object = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
-        module, plan = self._module, others.get("graft_plan")
-        if not isinstance(plan, AttentionPlan) or not in_place(hidden_states, plan.cache, module.head_dim):
+        plan = others.get("graft_plan")
+        if not self.serves(plan, hidden_states):
             stock: tuple[Tensor, None] = self._stock(
                 hidden_states, position_embeddings, attention_mask, past_key_values, **others
             )
             return stock
-        shape = (hidden_states.shape[1], -1, module.head_dim)
-        query, key = module.q_proj(hidden_states).view(shape), module.k_proj(hidden_states).view(shape)
-        value = module.v_proj(hidden_states).view(shape)
+        made_TE = self.attend(hidden_states.reshape(-1, hidden_states.shape[-1]), position_embeddings, plan)
+        return made_TE.view(hidden_states.shape), None
+
+    def serves(self, plan: object, x: Tensor) -> TypeGuard[AttentionPlan]:
+        return isinstance(plan, AttentionPlan) and in_place(x, plan.cache, self._module.head_dim)
+
+    def attend(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+        module = self._module
+        shape = (x_TE.shape[0], -1, module.head_dim)
+        query, key, value = (part.view(shape) for part in self._read(x_TE))
         if self._norms[0] is not None and self._norms[1] is not None:
             query, key = self._norms[0](query[None])[0], self._norms[1](key[None])[0]
         layer, cache = int(module.layer_idx), plan.cache
         cos, sin = position_embeddings
         native.rotate_and_store(query, key, value, cos[0], sin[0], plan.rows_T, cache.keys[layer], cache.values[layer])
         out = read_cache(query.transpose(0, 1), plan, layer, self._window, module.scaling, None, None)
-        return module.o_proj(out.view(*hidden_states.shape[:-1], -1)), None
+        (made_TE,) = self._write(out.view(x_TE.shape[0], -1))
+        return made_TE
 
 
-def _mlp(module: Any) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        gate, up = module.gate_proj(x), module.up_proj(x)
-        made_TF = native.swiglu(gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1]))
-        y: Tensor = module.down_proj(made_TF.view(*x.shape[:-1], -1))
-        return y
+class _Mlp:
+    def __init__(self, module: Any) -> None:
+        self._read = _Together(module.gate_proj, module.up_proj)
+        self._write = _Together(module.down_proj)
 
-    return forward
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+    def compute(self, x_TE: Tensor) -> Tensor:
+        gate_TF, up_TF = self._read(x_TE)
+        (made_TE,) = self._write(native.swiglu(gate_TF, up_TF))
+        return made_TE
+
+
+class _Layer:
+    """x + attention(norm(x)), and an MLP likewise. Where adapters edit the stream, by hooks, the stock layer."""
+
+    def __init__(self, module: Any, attention: _Attention, mlp: _Mlp) -> None:
+        self._stock = module.forward
+        self._hooks = [
+            hooks
+            for sublayer in (module.self_attn, module.mlp)
+            for hooks in (sublayer._forward_pre_hooks, sublayer._forward_hooks)
+        ]
+        self._norms = (module.input_layernorm, module.post_attention_layernorm)
+        self._attention = attention
+        self._mlp = mlp
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
+        plan, rotation = given.get("graft_plan"), given.get("position_embeddings")
+        if any(self._hooks) or rotation is None or not self._attention.serves(plan, hidden_states):
+            stock: Tensor = self._stock(hidden_states, **given)
+            return stock
+        before, behind = self._norms
+        x_TE = before.forward(hidden_states).view(-1, hidden_states.shape[-1])
+        stream = self._attention.attend(x_TE, rotation, plan).view(hidden_states.shape)
+        x_TE = behind.of_sum(hidden_states, stream).view(x_TE.shape)
+        return self._mlp.compute(x_TE).view(hidden_states.shape).add_(stream)
 
 
 def _are_grafted(module: nn.Module, *names: str) -> bool:

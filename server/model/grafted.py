@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from server.kernels.native import MEMBERS
 from server.kernels.products import Plain, Product, fastest
 from server.kernels.quantized import Held
-from server.model.norms import Unit, embedding_factor, fast_norm, norm_shape, prove_norm
+from server.model.norms import NativeNorm, Unit, embedding_factor, fast_norm, norm_shape, prove_norm
 from server.model.weights import Stock
 from server.primitives.gates import Gates
 from server.primitives.site import (
@@ -89,11 +89,11 @@ class Joint:
     def output(self, place: int, x: Tensor) -> Tensor:
         """y of the member at that place."""
         if len(self.members) == 1:
-            (y_TO,) = self._compute(x.reshape(-1, x.shape[-1]))
+            (y_TO,) = self.compute(x.reshape(-1, x.shape[-1]))
             return y_TO.view(*x.shape[:-1], y_TO.shape[1])
         y = self._ready.pop(place, None) if x is self._x else None
         if y is None:
-            outputs = self._compute(x.reshape(-1, x.shape[-1]))
+            outputs = self.compute(x.reshape(-1, x.shape[-1]))
             self._x = x
             self._ready = {i: y_TO.view(*x.shape[:-1], y_TO.shape[1]) for i, y_TO in enumerate(outputs)}
             y = self._ready.pop(place)
@@ -101,10 +101,11 @@ class Joint:
             self._x = None
         return y
 
-    def _compute(self, x_TI: Tensor) -> list[Tensor]:
+    def compute(self, x_TI: Tensor) -> list[Tensor]:
+        """y (T, O) of every member, in order; nobody else holds them."""
         gates = self._gates_of(self._active)
         y_TO = self.product(x_TI)
-        outputs = [y_TO] if len(self.members) == 1 else list(y_TO.split(self._widths, 1))
+        outputs = [y_TO] if len(self.members) == 1 else list(torch.split_with_sizes(y_TO, self._widths, 1))
         whole = gates is None or self._add_adapters(x_TI, outputs, gates)
         if self._bias is None:
             return outputs
@@ -157,6 +158,11 @@ class GraftedLinear(nn.Module):
             self.active.routes.add(self.name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return y
 
+    @property
+    def beside(self) -> list[str]:
+        """The Linears of its joint, in order, itself among them."""
+        return [member.name for member in self.joint.members]
+
     def weight(self) -> Tensor:
         """The base's (O, I), in fp32, not to be written to."""
         member = self.joint.members[self.place]
@@ -192,13 +198,12 @@ class GraftedEmbedding(nn.Module):
 class GraftedNorm(nn.Module):
     """A norm of the base and its Site."""
 
-    def __init__(
-        self, name: str, base: nn.Module, unit: Unit, active: Active, fast: Callable[[Tensor], Tensor] | None
-    ) -> None:
+    def __init__(self, name: str, base: nn.Module, unit: Unit, active: Active, fast: NativeNorm | None) -> None:
         """`fast` gives what the base gives."""
         super().__init__()
         self.name = name
         self.base = base
+        self.fast = fast
         self.compute = fast or base.forward
         self.unit = unit.norm
         self.axis = unit.axis
@@ -212,6 +217,12 @@ class GraftedNorm(nn.Module):
             return y
         _check_count(self.name, x.shape[self.axis], gates)
         return apply_norm(y, lambda: self.unit(x), gates, operand, axis=self.axis)
+
+    def of_sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """What `forward` gives for y + x, which y becomes."""
+        if self.fast is not None and self.name not in self.active.operands:
+            return self.fast.of_sum(x, y)
+        return self.forward(y.add_(x))
 
 
 @contextmanager

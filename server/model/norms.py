@@ -11,7 +11,7 @@ F features.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,23 @@ def prove_norm(norm: nn.Module, seen: Sequence[Tensor], lengths: Sequence[int]) 
     return None
 
 
-def fast_norm(norm: nn.Module, seen: Sequence[Tensor]) -> Callable[[Tensor], Tensor] | None:
+@dataclass(frozen=True, slots=True)
+class NativeNorm:
+    """An RMSNorm in one pass."""
+
+    weight_F: Tensor
+    offset: float
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return native.rms_norm(x, self.weight_F, offset=self.offset, eps=self.eps)
+
+    def of_sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """That of y + x, which y becomes."""
+        return native.add_and_norm(x, y, self.weight_F, offset=self.offset, eps=self.eps)
+
+
+def fast_norm(norm: nn.Module, seen: Sequence[Tensor]) -> NativeNorm | None:
     """The native RMSNorm that gives what this module gives, or None where none does."""
     weight = norm.weight
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
@@ -82,10 +98,7 @@ def fast_norm(norm: nn.Module, seen: Sequence[Tensor]) -> Callable[[Tensor], Ten
     if not native.serves(weight_F.device, weight_F.dtype) or any(x.dtype != weight_F.dtype for x in seen):
         return None
     for offset in (0.0, 1.0):
-
-        def made(x: Tensor, offset: float = offset) -> Tensor:
-            return native.rms_norm(x, weight_F, offset=offset, eps=eps)
-
+        made = NativeNorm(weight_F, offset, eps)
         if all(_close(norm(x), made(x)) for whole in seen for x in (whole, whole * TINY)):
             return made
     return None
