@@ -25,12 +25,14 @@
 #define OUTPUTS 1024    /* columns of B of one piece of work */
 #define MEMBERS 8       /* Linears that read the same input, at most */
 #define WIDEST 16       /* floats of the longest vector register */
+#define ROWS_AT_ONCE 64 /* of the KV cache, widened for all query heads of a KV head */
 #define FEW 65536       /* products and sums that one thread does before another has begun */
 #define WIDENED 65536   /* numbers of a weight that are widened at a time: they stay in a second-level cache */
 
 enum { FP32, BF16, FP16 };
 
 #define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL16 _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 
 /* One adapter's term at one Linear. `member` is the Linear's place among those that read the same input. */
@@ -111,7 +113,7 @@ typedef struct {
                       int64_t at, int64_t count, float *into, int64_t into_row);
     void (*attend[2])(const float *query, const void *keys, const void *values, const int64_t *blocks,
                       int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim, float softcap,
-                      const float *sinks, float *scores, int64_t padded, float *out);
+                      const float *sinks, float *scores, int64_t padded, float *tile, float *out);
     void (*norm[2])(const void *x, const void *weight, float offset, float eps, void *out, int64_t count);
     void (*add[2])(const void *x, void *y, int64_t count);
     void (*swiglu[2])(const void *a, const void *b, void *out, int64_t count);
@@ -308,12 +310,12 @@ int mg_attend(const void *query, int64_t head_row, int64_t token_row, void *out,
         const int64_t b = n / kv_heads, head = n % kv_heads, length = lengths[b];
         const int64_t first = window && length > window ? length - window : 0;
         const int64_t padded = (length - first + WIDEST - 1) / WIDEST * WIDEST;
-        float *const own = room(group * (padded + 2 * dim));
+        float *const own = room(group * (padded + 2 * dim) + ROWS_AT_ONCE * dim);
         if (!own) {
             failed = -1;
             continue;
         }
-        float *const wide = own + group * padded, *const made = wide + group * dim;
+        float *const wide = own + group * padded, *const made = wide + group * dim, *const tile = made + group * dim;
         for (int64_t g = 0; g < group; g++) {
             const int64_t at = (head * group + g) * head_row + b * token_row;
             for (int64_t d = 0; d < dim; d++) {
@@ -324,7 +326,7 @@ int mg_attend(const void *query, int64_t head_row, int64_t token_row, void *out,
         const int64_t at = head * rows * dim * size;
         fast->attend[type](
             wide, (const char *)keys + at, (const char *)values + at, blocks + b * width, block_size, first, length,
-            group, dim, softcap, sinks ? sinks + head * group : NULL, own, padded, made);
+            group, dim, softcap, sinks ? sinks + head * group : NULL, own, padded, tile, made);
         for (int64_t i = 0; i < group * dim; i++) {
             const int64_t to = (b * heads + head * group) * dim + i;
             if (type == FP32) ((float *)out)[to] = made[i];

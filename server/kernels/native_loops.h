@@ -28,6 +28,11 @@ typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define rotate_row NAME(rotate_row)
 #define swiglu_row NAME(swiglu_row)
 #define norm_row NAME(norm_row)
+#define sum_each NAME(sum_each)
+#define score_rows NAME(score_rows)
+#define weigh_rows NAME(weigh_rows)
+#define wide_rows NAME(wide_rows)
+#define AT_ONCE (LANES == 16 ? 16 : 8) /* sums that fit the registers */
 #define add_row NAME(add_row)
 #define round_row NAME(round_row)
 #define scale_row NAME(scale_row)
@@ -172,6 +177,7 @@ SHRINK(FP16)
             UNROLL for (int v = 0; v < VECTORS; v++) memcpy(into + t * into_row + v * LANES, &sums[t][v], sizeof(vec)); \
     }
 SPREAD(NAME(spread_1_1), 1, 1)
+SPREAD(NAME(spread_1_4), 1, 4)
 SPREAD(NAME(spread_1_8), 1, 8)
 SPREAD(NAME(spread_4_2), 4, 2)
 
@@ -187,6 +193,8 @@ SPREAD(NAME(spread_4_2), 4, 2)
             int64_t o = 0;                                                                                          \
             for (; o + 8 * LANES <= whole; o += 8 * LANES)                                                          \
                 NAME(spread_1_8)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
+            for (; o + 4 * LANES <= whole; o += 4 * LANES)                                                          \
+                NAME(spread_1_4)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
             for (; o < whole; o += LANES)                                                                           \
                 NAME(spread_1_1)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
         }                                                                                                           \
@@ -439,19 +447,86 @@ INLINE void scale_row(const float *x, float scale, void *out, int64_t count, con
 ROWS(FP32)
 ROWS(BF16)
 
-#define SHRINKS(type) (type == FP32 ? NAME(shrink_FP32) : NAME(shrink_BF16))
-#define EXPANDS(type) (type == FP32 ? NAME(expand_FP32) : NAME(expand_BF16))
+/* The sums of AT_ONCE registers. */
+INLINE void sum_each(const vec *v, float *sums) {
+#if LANES == 16 && defined(X86)
+    __m512 fours[4], pairs[2];
+    for (int i = 0; i < 4; i++) {
+        const __m512 a = (__m512)v[4 * i], b = (__m512)v[4 * i + 1], c = (__m512)v[4 * i + 2], d = (__m512)v[4 * i + 3];
+        const __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        fours[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+    }
+    for (int i = 0; i < 2; i++) {
+        const __m512 a = fours[2 * i], b = fours[2 * i + 1];
+        pairs[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    const __m512 even = _mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88), odd = _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd);
+    _mm512_storeu_ps(sums, _mm512_add_ps(even, odd));
+#else
+    for (int i = 0; i < AT_ONCE; i++) sums[i] = sum(v[i]);
+#endif
+}
 
-/* What one KV head's query heads see of one sequence: scores, softmax, weighted values, block by block of the cache.
-   `query` (group, dim) is fp32 and scaled; `scores` has room for group * padded, `out` (group, dim) is zero; positions
-   first ... length - 1 are seen. */
+/* scores[p] = query . keys[p] */
+INLINE void score_rows(const float *query, const float *keys, int64_t count, int64_t dim, float *scores) {
+    int64_t p = 0;
+    for (; p + AT_ONCE <= count; p += AT_ONCE) {
+        vec sums[AT_ONCE] = {{0}};
+        for (int64_t d = 0; d < dim; d += LANES) {
+            const vec q = load_fp32(query + d);
+            UNROLL16 for (int i = 0; i < AT_ONCE; i++) sums[i] += q * load_fp32(keys + (p + i) * dim + d);
+        }
+        sum_each(sums, scores + p);
+    }
+    for (; p < count; p++) {
+        vec own = {0};
+        for (int64_t d = 0; d < dim; d += LANES) own += load_fp32(query + d) * load_fp32(keys + p * dim + d);
+        scores[p] = sum(own);
+    }
+}
+
+/* out += sum_p weights[p] values[p], for some registers of out. */
+#define WEIGH(NAME, VECTORS)                                                                                        \
+    INLINE void NAME(const float *weights, const float *values, int64_t count, int64_t dim, float *out) {           \
+        vec sums[VECTORS];                                                                                          \
+        UNROLL for (int v = 0; v < VECTORS; v++) sums[v] = load_fp32(out + v * LANES);                              \
+        for (int64_t p = 0; p < count; p++)                                                                         \
+            UNROLL for (int v = 0; v < VECTORS; v++) sums[v] += weights[p] * load_fp32(values + p * dim + v * LANES); \
+        UNROLL for (int v = 0; v < VECTORS; v++) memcpy(out + v * LANES, &sums[v], sizeof(vec));                    \
+    }
+WEIGH(NAME(weigh_1), 1)
+WEIGH(NAME(weigh_4), 4)
+
+INLINE void weigh_rows(const float *weights, const float *values, int64_t count, int64_t dim, float *out) {
+    int64_t d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) NAME(weigh_4)(weights, values + d, count, dim, out + d);
+    for (; d < dim; d += LANES) NAME(weigh_1)(weights, values + d, count, dim, out + d);
+}
+
+/* Some rows of a cache in fp32: where they are, or in the tile. */
+INLINE const float *wide_rows(const void *rows, int64_t first, int64_t count, int64_t dim, float *tile, const int type) {
+    if (type == FP32) return (const float *)rows + first * dim;
+    NAME(widen_row)((const uint16_t *)rows + first * dim, tile, count * dim);
+    return tile;
+}
+
+/* Each stretch of neighbouring rows of the cache, ROWS_AT_ONCE at most, in which positions first ... length - 1 lie. */
+#define FOR_STRETCHES(l, row, count)                                                                                \
+    for (int64_t l = first, row, count; l < length && (count = at_most(block_size - l % block_size, length - l),    \
+                                                       count = at_most(count, ROWS_AT_ONCE),                        \
+                                                       row = blocks[l / block_size] * block_size + l % block_size, 1); \
+         l += count)
+
+/* What one KV head's query heads see of one sequence: scores, softmax, weighted values, a stretch of the cache after the
+   other. `query` (group, dim) is fp32 and scaled; `scores` has room for group * padded, `tile` for ROWS_AT_ONCE * dim,
+   `out` (group, dim) is zero; positions first ... length - 1 are seen. */
 INLINE void attend_group(const float *query, const void *keys, const void *values, const int64_t *blocks,
                          int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim, float softcap,
-                         const float *sinks, float *scores, int64_t padded, float *out, const int type) {
-    for (int64_t l = first, count; l < length; l += count) {
-        count = at_most(block_size - l % block_size, length - l);
-        const int64_t row = blocks[l / block_size] * block_size + l % block_size;
-        SHRINKS(type)(query, dim, group, keys, row, count, dim, scores + l - first, padded);
+                         const float *sinks, float *scores, int64_t padded, float *tile, float *out, const int type) {
+    FOR_STRETCHES(l, row, count) {
+        const float *const wide = wide_rows(keys, row, count, dim, tile, type);
+        for (int64_t g = 0; g < group; g++) score_rows(query + g * dim, wide, count, dim, scores + g * padded + l - first);
     }
     const int64_t seen = length - first;
     for (int64_t g = 0; g < group; g++) {
@@ -470,26 +545,22 @@ INLINE void attend_group(const float *query, const void *keys, const void *value
         const float share = 1 / (sum(total) + (sinks ? expf(sinks[g] - best) : 0));
         for (int64_t l = 0; l < seen; l++) own[l] *= share;
     }
-    const int64_t size = type == FP32 ? 4 : 2;
-    for (int64_t l = first, count; l < length; l += count) {
-        count = at_most(block_size - l % block_size, length - l);
-        const int64_t row = blocks[l / block_size] * block_size + l % block_size;
-        EXPANDS(type)(scores + l - first, padded, group, (const char *)values + row * dim * size, count, dim, 0, dim, out, dim);
+    FOR_STRETCHES(l, row, count) {
+        const float *const wide = wide_rows(values, row, count, dim, tile, type);
+        for (int64_t g = 0; g < group; g++) weigh_rows(scores + g * padded + l - first, wide, count, dim, out + g * dim);
     }
 }
-static void NAME(attend_FP32)(const float *query, const void *keys, const void *values, const int64_t *blocks,
-                               int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim,
-                               float softcap, const float *sinks, float *scores, int64_t padded, float *out) {
-    attend_group(query, keys, values, blocks, block_size, first, length, group, dim, softcap, sinks, scores, padded,
-                 out, FP32);
-}
 
-static void NAME(attend_BF16)(const float *query, const void *keys, const void *values, const int64_t *blocks,
-                               int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim,
-                               float softcap, const float *sinks, float *scores, int64_t padded, float *out) {
-    attend_group(query, keys, values, blocks, block_size, first, length, group, dim, softcap, sinks, scores, padded,
-                 out, BF16);
-}
+#define ATTEND(TYPE)                                                                                                \
+    static void NAME(attend_##TYPE)(const float *query, const void *keys, const void *values, const int64_t *blocks, \
+                                    int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim,  \
+                                    float softcap, const float *sinks, float *scores, int64_t padded, float *tile,  \
+                                    float *out) {                                                                   \
+        attend_group(query, keys, values, blocks, block_size, first, length, group, dim, softcap, sinks, scores,    \
+                     padded, tile, out, TYPE);                                                                      \
+    }
+ATTEND(FP32)
+ATTEND(BF16)
 
 #undef vec
 #undef uvec
@@ -510,8 +581,14 @@ static void NAME(attend_BF16)(const float *query, const void *keys, const void *
 #undef larger
 #undef attend_group
 #undef load_up_to
-#undef SHRINKS
-#undef EXPANDS
+#undef WEIGH
+#undef FOR_STRETCHES
+#undef ATTEND
+#undef sum_each
+#undef score_rows
+#undef weigh_rows
+#undef wide_rows
+#undef AT_ONCE
 #undef ROWS
 #undef store_up_to
 #undef rotate_row
