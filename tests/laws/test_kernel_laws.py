@@ -227,6 +227,65 @@ def test_norms_and_gated_units_in_one_pass_are_torchs(
 
 
 @built
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([1, 3, 40]),
+    features=st.sampled_from([1, 7, 16, 33, 4864]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_sum_and_its_norm_in_one_pass_are_one_after_the_other(
+    seed: int, tokens: int, features: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, tokens, features, generator=generator).to(dtype)
+    weight = torch.randn(features, generator=generator).to(dtype)
+    total = x + y
+    normed = native.add_and_norm(x, y, weight, offset=1.0, eps=1e-6)
+    assert torch.equal(y, total)
+    assert torch.equal(normed, native.rms_norm(total, weight, offset=1.0, eps=1e-6))
+
+
+@built
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.sampled_from([0, 1, 3, 40]),
+    features=st.sampled_from([1, 7, 16, 33, 4864]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_rows_in_bytes_are_those_of_plain_operations(seed: int, tokens: int, features: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(tokens, 2 * features, generator=generator) * 10).to(dtype)[:, :features]
+    codes, scales = native.round_rows(x, least=1e-30)
+    wanted = (x.float().abs().amax(1) / 127).clamp(min=1e-30)
+    assert torch.equal(scales, wanted)
+    assert torch.equal(codes.int() - 128, (x.float() / wanted[:, None]).round().int())
+    y = torch.randn(tokens, features, generator=generator)
+    expected = (y * scales[:, None]).to(dtype)
+    assert torch.equal(native.scale_rows(y, scales, dtype), expected)
+
+
+@built
+def test_a_row_of_zeros_or_of_what_is_no_number_keeps_to_itself_in_bytes() -> None:
+    x = torch.zeros(4, 20)
+    x[1, 3], x[2, 17] = torch.nan, -torch.inf
+    codes, scales = native.round_rows(x, least=1e-30)
+    assert (codes[[0, 3]] == 128).all() and (scales[[0, 3]] == torch.tensor(1e-30)).all()
+    assert scales[1].isnan() and scales[2] == torch.inf
+
+
+@built
+def test_numbers_become_bf16_as_torch_rounds_them() -> None:
+    """Ties to even, subnormals, infinities and what is no number among them."""
+    bits = torch.arange(0, 2**32, 2**32 // (1 << 20), dtype=torch.int64)
+    for low in (0x0000, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        x = (bits | low).to(torch.int32).view(torch.float32).view(-1, 1024)
+        made = native.scale_rows(x.clone(), torch.ones(len(x)), torch.bfloat16)
+        torch.testing.assert_close(made, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@built
 def test_what_is_no_number_is_none_after_a_gated_unit_and_a_norm() -> None:
     x = torch.tensor([[1.0, torch.nan, torch.inf, -torch.inf, -1e30]])
     gated = native.swiglu(x, torch.ones_like(x))[0]
