@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 PROBE_TOKENS = 12
 # Relative to the largest logit. Half precision accumulates in another order in the packed products.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-# Against plain products with the weights as they are held: a number just between two codes of int8 may round to either,
-# and bitsandbytes' fused products round scales and sums (NF4 by 0.3 % of the weights).
+# Against plain products with the weights as they are held: a number just between two codes of int8 may round to either.
+# On a GPU bitsandbytes' fused products round scales and sums (NF4 by 0.3 % of the weights).
 QUANTIZED_PROBE_TOLERANCE = 1e-1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PER_FORWARD_ROPE = ("dynamic", "longrope")
@@ -79,7 +79,8 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
     AttentionInterface.register(attention.NAME, attention.attend)
     stock.set_attn_implementation(attention.NAME)  # type: ignore[operator]
     active = Active()
-    recorder = _record(stock, probes[0].to(device), name)
+    with multiplied_with(stock, held):
+        recorder = _record(stock, probes[0].to(device), name)
     depth = int(shape.get_text_config().num_hidden_layers)
     if sorted(recorder.layers) != list(range(depth)):
         raise StartupRefused(f"base {name}: attention ran in layers {sorted(recorder.layers)}, the base has {depth}")

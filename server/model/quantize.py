@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,21 +90,19 @@ def _codes_of_bitsandbytes(module: nn.Module) -> Coded | None:
 @contextmanager
 def multiplied_with(network: nn.Module, held: Mapping[str, Held]) -> Iterator[None]:
     """Until the end of the block, the network's own Linears answer as what is held does by plain operations.
-    bitsandbytes' do by themselves.
+
+    bitsandbytes', too: on CPUs with bf16 products its own pack the weight anew, and want inputs in multiples of 64.
     """
-    hooks = [
-        network.get_submodule(name).register_forward_hook(
-            lambda module, inputs, _, own=own: _with_bias(own.reference(inputs[0]), module.bias)
-        )
-        for name, own in held.items()
-        if type(network.get_submodule(name)) in (nn.Linear, Conv1D)
-    ]
+    linears = {network.get_submodule(name): own for name, own in held.items()}
+    for module, own in linears.items():
+        module.forward = partial(_answer, own, module)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for module in linears:
+            del module.forward
 
 
-def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias
+def _answer(own: Held, module: Any, x: Tensor) -> Tensor:
+    y = own.reference(x)
+    return y if module.bias is None else y + module.bias
