@@ -164,6 +164,7 @@ class AdapterStore:
         self._pointers: dict[tuple[str, str], Pointer] = {}
         self._moves: Counter[str] = Counter()  # by name, how often its aliases were looked at anew
         self._catching_up = 0  # how often those of all names were
+        self._recalled: set[str] = set()  # names first asked for while the hub was away, which may have moved unseen
         self._named: dict[str, str] = {}  # names given by load_lora_adapter
         self._load_slots = asyncio.Semaphore(config.max_concurrent_loads)
         self._quiet = QuietThreads(config.max_concurrent_loads)
@@ -405,8 +406,9 @@ class AdapterStore:
                     async for events in batches:
                         if events:
                             self._catalogue.forget_names()
-                        for name in {event.name for event in events} | self._from_memory():
+                        for name in {event.name for event in events} | self._recalled:
                             await self._follow(name)
+                            self._recalled.discard(name)
                         seen = max([seen, *(event.seq for event in events)])
                         self._found(seen)
             except Forgotten:
@@ -451,10 +453,6 @@ class AdapterStore:
         for name in {name for name, _ in self._pointers}:
             await self._follow(name)
         self._found(seen)
-
-    def _from_memory(self) -> set[str]:
-        """Names first asked for while the hub was away: their aliases may have moved before the events seen."""
-        return {name for (name, _), pointer in self._pointers.items() if pointer.serving.remembered}
 
     def _found(self, seen: int) -> None:
         if not self._hub.reachable:
@@ -544,6 +542,8 @@ class AdapterStore:
             before = self._moves[key[0]], self._catching_up
             resolution = await asyncio.to_thread(self._source.resolve, reference)
             if before == (self._moves[key[0]], self._catching_up):  # else it may have moved, with nothing to follow yet
+                if resolution.remembered:
+                    self._recalled.add(key[0])
                 return self._pointers.setdefault(key, Pointer(resolution))
 
     async def _ensure_earlier(self, key: tuple[str, str], error: ServerError) -> tuple[Resident, Resolution]:

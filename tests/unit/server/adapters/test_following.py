@@ -130,6 +130,8 @@ def test_an_alias_that_moved_while_the_hub_was_away_is_caught_up_with(asked_befo
     store = made_store(source)
 
     async def work() -> None:
+        assert await asyncio.to_thread(source.handled.wait, 10)
+        await reachable(store, True)
         await store.warm("7")  # so that its bytes are here; without a hub nothing is fetched
         if not asked_before:
             store._pointers.clear()
