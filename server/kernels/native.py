@@ -203,12 +203,16 @@ def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
     return out_TF
 
 
-def round_rows(x_TI: Tensor, *, least: float) -> tuple[Tensor, Tensor]:
-    """Each row in bytes (T, I), 128 for zero, and its scale (T), fp32: its largest size by 127, or `least`."""
+def round_rows(x_TI: Tensor, *, least: float, room: int = 0) -> tuple[Tensor, Tensor]:
+    """Each row in bytes (T, I), 128 for zero, and its scale (T), fp32: its largest size by 127, or `least`.
+
+    Where there is to be room for more rows than T, those hold anything.
+    """
     assert LIBRARY is not None
     if x_TI.stride(1) != 1:
         x_TI = x_TI.contiguous()
-    codes_TI, scales_T = torch.empty(x_TI.shape, dtype=torch.uint8), torch.empty(len(x_TI))
+    codes_TI = torch.empty(max(room, len(x_TI)), x_TI.shape[1], dtype=torch.uint8)
+    scales_T = torch.empty(len(x_TI))
     LIBRARY.mg_round(
         x_TI.data_ptr(),
         x_TI.stride(0),

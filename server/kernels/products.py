@@ -19,7 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HALF_STEP = 2.0**-25  # half of the distance of fp16's smallest numbers
-TOKENS = 16  # of the steps that the packing is made for
+TOKENS = 16  # of the steps that the packing is made for; rows of a matrix unit's tile
+
+
+def whole_tiles(tokens: int) -> int:
+    """So many tokens, or a few more: other numbers are slower, and each is compiled when it is first met."""
+    return tokens if tokens <= TOKENS else -(-tokens // TOKENS) * TOKENS
 
 
 class Product(Protocol):
@@ -60,8 +65,12 @@ class Ordered:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, TOKENS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
-        return y
+        x_TI = x.reshape(-1, x.shape[-1])
+        tokens = x_TI.shape[0]
+        if more := whole_tiles(tokens) - tokens:
+            x_TI = F.pad(x_TI, (0, 0, 0, more))
+        y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, None, "none", [], "")
+        return y_TO[:tokens].view(*x.shape[:-1], y_TO.shape[1])
 
     def weight(self) -> Tensor:
         dense: Tensor = self._packed.to_dense()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.kernels import native
-from server.kernels.products import Product
+from server.kernels.products import Product, whole_tiles
 
 BYTE = 127  # the largest code of eight bits
 SEVEN_BITS = 63
@@ -109,13 +109,15 @@ class Int8Ordered:
         self.bytes = rows.codes_OI.nbytes + rows.scales_O.nbytes + self._zeros_O.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        codes_TI, scales_T = native.round_rows(x.reshape(-1, x.shape[-1]), least=SMALLEST)
+        x_TI = x.reshape(-1, x.shape[-1])
+        tokens = x_TI.shape[0]
+        codes_TI, scales_T = native.round_rows(x_TI, least=SMALLEST, room=whole_tiles(tokens))
         y_TO = torch.ops.onednn.qlinear_pointwise(
             *(codes_TI, 1.0, MIDDLE),
             *(self._packed, self._scales_O, self._zeros_O, None),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
-        return native.scale_rows(y_TO, scales_T, x.dtype).view(*x.shape[:-1], y_TO.shape[1])
+        return native.scale_rows(y_TO[:tokens], scales_T, x.dtype).view(*x.shape[:-1], y_TO.shape[1])
 
     def weight(self) -> Tensor:
         codes_IO: Tensor = self._packed.to_dense()

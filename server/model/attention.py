@@ -232,9 +232,14 @@ def _prefill(
     kv_heads, length, _ = keys_KLD.shape
     group = heads // kv_heads
     if softcap is None and sinks_H is None:
-        keys = keys_KLD[:, None].expand(kv_heads, group, length, dim).reshape(1, heads, length, dim)
-        values = values_KLD[:, None].expand(kv_heads, group, length, dim).reshape(1, heads, length, dim)
-        out = F.scaled_dot_product_attention(query_HnD[None], keys, values, attn_mask=mask_nL, scale=scale)
+        grouped = query_HnD.device.type == "cpu"  # what has masks and knows of groups is slow on GPUs
+        keys, values = (
+            one[None] if grouped else one[:, None].expand(-1, group, -1, -1).reshape(1, heads, length, dim)
+            for one in (keys_KLD, values_KLD)
+        )
+        out = F.scaled_dot_product_attention(
+            query_HnD[None], keys, values, attn_mask=mask_nL, scale=scale, enable_gqa=grouped
+        )
         return out[0].transpose(0, 1)
     query = query_HnD.reshape(kv_heads, group * count, dim)
     scores = (query @ keys_KLD.transpose(1, 2)).view(kv_heads, group, count, length)
