@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ def command(
         parser.add_argument(f"--{option}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     asked = vars(parser.parse_args())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # not without ending what it has started
     with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
         report = run(Path(room), {option: asked[option] for option in counts})
     asked["out"].mkdir(parents=True, exist_ok=True)
