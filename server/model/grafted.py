@@ -220,9 +220,9 @@ class GraftedNorm(nn.Module):
 
     def of_sum(self, x: Tensor, y: Tensor) -> Tensor:
         """What `forward` gives for y + x, which y becomes."""
-        if self.fast is not None and self.name not in self.active.operands:
-            return self.fast.of_sum(x, y)
-        return self.forward(y.add_(x))
+        if self.fast is None or self.name in self.active.operands or not (x.is_contiguous() and y.is_contiguous()):
+            return self.forward(y.add_(x))
+        return self.fast.of_sum(x, y)
 
 
 @contextmanager
