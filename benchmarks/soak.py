@@ -50,6 +50,7 @@ TIE = 1e-3  # of log-probabilities: tokens as near as this may change places wit
 SAMPLE_S, MOVE_S, QUIET_S = 5.0, 2.0, 60.0
 HEADER = "x-multigraft-adapters"
 ADMIN_KEY = "soak"
+FAULT, TOLD_OF_A_FAULT = "Traceback", 6000  # characters of the server's log, from its first fault on
 TOLD = 20  # wrong or failed answers that are told whole
 
 
@@ -125,6 +126,9 @@ def run(room: Path, counts: Counts) -> Report:
     with process(served, room / "server.log", environment) as server:
         wait_for(server, lambda: is_up(f"{url}/health"))
         tally, seconds, left = asyncio.run(soak(url, server, hub, names, moving, counts))
+    said = (room / "server.log").read_text(encoding="utf-8", errors="replace")
+    if FAULT in said:  # the room goes away, and the log with it
+        print(said[said.index(FAULT) :][:TOLD_OF_A_FAULT], file=sys.stderr)  # noqa: T201
     return {
         "machine": machine(SERVING),
         "adapters": len(names) + len(moving),
