@@ -5,7 +5,7 @@ threads while the engine goes on; a version serves only after its golden rows ca
 version that fails, the one before keeps serving. Everything here runs on the HTTP loop except what is handed to
 `asyncio.to_thread`, so there are no locks.
 Laws: a leased graft is never evicted; one digest is loaded once, however many ask; the resident bytes stay under the
-budget.
+budget; nobody holds a lease while it waits for room, so those that hold one are at work and end.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from server.adapters.catalogue import Catalogue
 from server.adapters.lowering.table import lower
 from server.adapters.lowering.target import Lowered, Target
 from server.adapters.quiet import QuietThreads
+from server.adapters.room import Line, NoRoom
 from server.adapters.semantic import Candidate, rank, tell
 from server.adapters.source import Artifact, Forgotten, Happened, Listed, Resolution, Source
 from server.config import AdapterConfig
@@ -49,7 +50,6 @@ from server.records import UNKNOWN_MODEL, AdapterTerm, Mixture, PromptChoice, Ro
 
 log = logging.getLogger(__name__)
 
-ROOM_TIMEOUT_S = 30.0
 DEFAULT_TOP_K = 2
 RECONNECT_S = 0.25
 MAX_PROVED = 100_000
@@ -158,7 +158,7 @@ class AdapterStore:
         self._metrics = metrics
         self._quantized = quantized
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
-        self._loading: dict[str, tuple[Resolution, asyncio.Task[Resident]]] = {}
+        self._loading: dict[str, tuple[Resolution, asyncio.Task[None]]] = {}
         self._joins: OrderedDict[tuple[str, ...], Join] = OrderedDict()  # least recently used first
         self._failed: dict[str, tuple[Resolution, ServerError]] = {}
         self._pointers: dict[tuple[str, str], Pointer] = {}
@@ -169,24 +169,30 @@ class AdapterStore:
         self._load_slots = asyncio.Semaphore(config.max_concurrent_loads)
         self._quiet = QuietThreads(config.max_concurrent_loads)
         self._proved: OrderedDict[str, None] = OrderedDict()  # digests whose golden rows came out right here
-        self._room = asyncio.Event()
+        self._line = Line(config.cache_bytes, self._fits)
         self._hub = HubStatus(True, 0, None)
         self._catalogue = Catalogue(source)
         self._background: set[asyncio.Task[None]] = set()
 
     async def acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None = None) -> Lease:
+        return await self._line.serve(lambda: self._acquire(terms, routing))
+
+    async def _acquire(self, terms: Sequence[tuple[str, float]], routing: RoutingOrder | None) -> Lease:
         held: list[tuple[Resident, float]] = []
         described = []
         with ExitStack() as undo:
             undo.callback(self._let_go, held)  # all that is in it by then
-            for text, weight in self._combined(terms):
-                resident, resolution = await self._hold(text)
-                held.append((resident, weight))
-                described.append(_term(text, resolution, resident, weight))
-            routed = await self._routed(held, routing)
-            grafts = _grafts(held)
-            check_mixture(grafts)
-            join = await self._joined(prefixed(grafts))
+            try:
+                for text, weight in self._combined(terms):
+                    resident, resolution = await self._hold(text)
+                    held.append((resident, weight))
+                    described.append(_term(text, resolution, resident, weight))
+                routed = await self._routed(held, routing)
+                grafts = _grafts(held)
+                check_mixture(grafts)
+                join = await self._joined(prefixed(grafts))
+            except NoRoom as lacking:
+                raise self._beside((one for one, _ in held), lacking) from None
             undo.pop_all()
         if routed is None:
             return HeldLease(self, Mixture(tuple(described)), held, join)
@@ -328,7 +334,7 @@ class AdapterStore:
         if resident.prototypes is None:
             made = await self._quiet.run(make_prototypes, resident.graft)
             if resident.prototypes is None:
-                await self._make_room(sum(one.nbytes for one in made.values()), resident.resolution.label)
+                self._make_room(sum(one.nbytes for one in made.values()), resident.resolution.label)
                 resident.prototypes = made
         return resident.prototypes
 
@@ -336,7 +342,7 @@ class AdapterStore:
         held.leases -= 1
         assert held.leases >= 0, f"{held} was released twice"
         if held.leases == 0:
-            self._room.set()
+            self._line.freed()
 
     def _let_go(self, held: Sequence[tuple[Resident, float]]) -> None:
         for resident, _ in held:
@@ -377,13 +383,13 @@ class AdapterStore:
         await self._drop(reference or name, strict=False)
 
     async def pin(self, reference: str) -> AdapterStatus:
-        resident, _ = await self._hold(reference)
+        resident, _ = await self._line.serve(lambda: self._hold(reference))
         resident.pinned = True
         self.release(resident)
         return self._status(resident)
 
     async def warm(self, reference: str) -> AdapterStatus:
-        resident, _ = await self._hold(reference)
+        resident, _ = await self._line.serve(lambda: self._hold(reference))
         self.release(resident)
         return self._status(resident)
 
@@ -480,7 +486,7 @@ class AdapterStore:
         join = self._joins.get(key)
         if join is None:
             prefix = await self._append(grafts)
-            await self._make_room(prefix.bytes, " and ".join(graft.label for graft in grafts))
+            self._make_room(prefix.bytes, " and ".join(graft.label for graft in grafts))
             join = self._joins.setdefault(key, Join(prefix))
         join.leases += 1
         self._joins.move_to_end(key)
@@ -559,27 +565,22 @@ class AdapterStore:
         raise error
 
     async def _ensure(self, resolution: Resolution) -> Resident:
-        """The graft of a digest, leased once for the caller. Raises: ServerError."""
+        """The graft of a digest, leased once for the caller. Raises: ServerError, NoRoom."""
         digest = resolution.digest
-        resident = self._resident.get(digest)
-        if resident is None:
+        while digest not in self._resident:  # again where it was evicted between the end of its loading and now
             if digest in self._failed:
                 raise self._failed[digest][1]
             if digest not in self._loading:
                 self._loading[digest] = (resolution, asyncio.create_task(self._load(resolution)))
             # Shielded: when the one who asked first goes away, the others still wait for it.
-            resident = await asyncio.shield(self._loading[digest][1])
-        if digest not in self._resident and resident.experts:
-            return await self._ensure(resolution)  # evicted between the end of its loading and now, its experts let go
+            await asyncio.shield(self._loading[digest][1])
+        resident = self._resident[digest]
         resident.leases += 1
-        if digest in self._resident:
-            self._resident.move_to_end(digest)
-        else:  # evicted likewise
-            await self._make_room(resident.bytes, resolution.label)
-            self._resident[digest] = resident
+        self._resident.move_to_end(digest)
         return resident
 
-    async def _load(self, resolution: Resolution) -> Resident:
+    async def _load(self, resolution: Resolution) -> None:
+        """Make it resident. Raises: ServerError, NoRoom."""
         started = time.perf_counter()
         try:
             resident = await self._make(resolution)
@@ -598,7 +599,6 @@ class AdapterStore:
         log.info(
             "%s (%s) is resident after %.3f s%s", resolution.label, resolution.digest[:19], seconds, resident.exactness
         )
-        return resident
 
     async def _make(self, resolution: Resolution) -> Resident:
         async with self._load_slots:
@@ -610,6 +610,10 @@ class AdapterStore:
                 undo.callback(self.release, expert)
             async with self._load_slots:
                 resident = await self._finish(resolution, artifact, lowered, experts)
+            try:
+                self._make_room(resident.bytes, resolution.label)  # nothing comes between the room and its use
+            except NoRoom as lacking:
+                raise self._beside(experts, lacking) from None
             undo.pop_all()
             return resident
 
@@ -628,6 +632,8 @@ class AdapterStore:
             for text in references:
                 try:
                     expert = await self._ensure(await asyncio.to_thread(self._source.resolve, text))
+                except NoRoom as lacking:
+                    raise self._beside(held, lacking) from None
                 except (ModelNotFound, AdapterUnavailable) as error:
                     raise AdapterUnavailable(
                         f"{resolution.label} has no expert {text[:200]}: {error.message}"
@@ -652,7 +658,6 @@ class AdapterStore:
         if self._config.check_golden and graft.digest not in self._proved:
             await self._replay(artifact, graft, experts)
             self._remember_proof(graft.digest)
-        await self._make_room(graft.bytes, graft.label)  # the last wait: nothing comes between the room and its use
         tier, off = artifact.tier, lowered.approximation
         return Resident(resolution, artifact.kind, artifact.rank, graft, tier, off, experts=experts)
 
@@ -677,32 +682,48 @@ class AdapterStore:
         if len(self._proved) > MAX_PROVED:
             self._proved.popitem(last=False)
 
-    async def _make_room(self, wanted: int, label: str) -> None:
-        """Evict what nobody holds, joins first, then the least recently used, until so many bytes are free."""
+    def _beside(self, held: Iterable[Resident], lacking: NoRoom) -> NoRoom:
+        """That there is no room beside these, which are let go. Raises: MixtureRefused where there never is."""
+        own = {one.resolution.digest: one.bytes for one in held}
+        known = NoRoom(lacking.label, lacking.wanted, {**lacking.beside, **own})
+        if known.together > self._config.cache_bytes:
+            raise MixtureRefused(
+                f"{known.label} and what is served with it take {known.together} bytes, the adapter cache holds "
+                f"{self._config.cache_bytes}"
+            )
+        return known
+
+    def _fits(self, lacking: NoRoom) -> bool:
+        held = self._held()
+        more = sum(size for digest, size in lacking.beside.items() if digest not in held)
+        return sum(held.values()) + more + lacking.wanted <= self._config.cache_bytes
+
+    def _make_room(self, wanted: int, label: str) -> None:
+        """Evict what nobody holds, joins first, then the least recently used, until so many bytes are free.
+
+        Raises: NoRoom, with nothing evicted; AdapterIncompatible.
+        """
         budget = self._config.cache_bytes
         if wanted > budget:
             raise AdapterIncompatible(f"{label} takes {wanted} bytes, the adapter cache holds {budget}")
-        deadline = time.monotonic() + ROOM_TIMEOUT_S
+        lacking = NoRoom(label, wanted)
+        if not self._fits(lacking):
+            raise lacking
         while self._bytes() + wanted > budget:
             key = next((key for key, join in self._joins.items() if not join.leases), None)
             if key is not None:
                 del self._joins[key]
                 continue
-            digest = next((d for d, one in self._resident.items() if not one.leases and not one.pinned), None)
-            if digest is not None:
-                evicted = self._forget(digest)
-                log.info("%s was evicted for %s", evicted.resolution.label, label)
-                continue
-            self._room.clear()
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    await self._room.wait()
-            except TimeoutError:
-                raise Unavailable(
-                    f"{label} needs {wanted} bytes and every adapter in the cache of {budget} bytes is "
-                    "in use or pinned",
-                    retry_after_s=5.0,
-                ) from None
+            digest = next(d for d, one in self._resident.items() if not one.leases and not one.pinned)
+            evicted = self._forget(digest)
+            log.info("%s was evicted for %s", evicted.resolution.label, label)
+
+    def _held(self) -> Mapping[str, int]:
+        """The bytes of all that cannot be evicted: what is leased or pinned, but not by routers alone that can be."""
+        idle = [one for one in self._resident.values() if not one.leases and not one.pinned]
+        by_idle = Counter(expert.resolution.digest for router in idle for expert in router.experts)
+        held = {d: one.bytes for d, one in self._resident.items() if one.pinned or one.leases > by_idle[d]}
+        return held | {"+".join(key): join.prefix.bytes for key, join in self._joins.items() if join.leases}
 
     def _forget(self, digest: str) -> Resident:
         """Take a resident adapter away, and with a router its hold on its experts."""
@@ -738,7 +759,8 @@ class AdapterStore:
 
     def _spawn(self, key: tuple[str, str], pointer: Pointer) -> None:
         async def advance() -> None:
-            await self._advance(key, pointer)
+            with suppress(Unavailable):
+                await self._line.serve(lambda: self._advance(key, pointer))
 
         task = asyncio.create_task(advance())
         self._background.add(task)
@@ -761,6 +783,10 @@ class AdapterStore:
             after = Pointer(pointer.serving)
         except Unavailable:
             return pointer
+        except NoRoom:
+            if pointer.serving.digest not in self._resident or asyncio.current_task() in self._background:
+                raise
+            return pointer  # what serves goes on until there is room for the next
         if self._pointers.get(key) == pointer:
             self._pointers[key] = after
             if after.serving.digest != pointer.serving.digest:
@@ -780,6 +806,7 @@ class AdapterStore:
             raise InvalidValue(f"{resolution.label} is held by {resident.leases} running requests or resident routers")
         if not resident.leases:
             self._forget(resolution.digest)
+            self._line.freed()
         return replace(self._status(resident), tier="evicted")
 
     def _status(self, one: Resident) -> AdapterStatus:

@@ -138,6 +138,8 @@ class Joint:
         if not layout:
             return y_TO
         tokens_n, own = gates.carrying(layout)
+        if not len(tokens_n):  # those that do have left the batch
+            return y_TO
         y_nO = self.product(before_product(x_TI.index_select(0, tokens_n), own, operand))
         return y_TO.index_copy(0, tokens_n, y_nO[:, member.first : member.end])
 

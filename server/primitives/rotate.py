@@ -64,12 +64,11 @@ def apply(y_TF: Tensor, x_TF: Tensor, gates: Gates, operand: RotateOperand) -> T
     """y + sum_k g_k (R_k - I) x."""
     for group in operand.groups:
         x_TBS = _by_blocks(x_TF, group.size, group.stride)
-        tokens, blocks, _ = x_TBS.shape
         gates_TN = gates.spread(group.layout, group.columns_N)
         # Not a bare product: 0 * inf would be no number.
         weighed_TBNS = x_TBS[:, :, None, :] * gates_TN[:, None, :, None]
         weighed_TBNS = weighed_TBNS.masked_fill_((gates_TN == 0)[:, None, :, None], 0)
-        gained_BTS = torch.bmm(weighed_TBNS.reshape(tokens, blocks, -1).transpose(0, 1), group.stacked_BPS)
+        gained_BTS = torch.bmm(weighed_TBNS.flatten(2).transpose(0, 1), group.stacked_BPS)
         y_TF = y_TF + _in_order(gained_BTS.transpose(0, 1), group.stride)
     return y_TF
 
@@ -96,10 +95,12 @@ def _pack_group(size: int, stride: int, members: Sequence[tuple[int, Rotate]]) -
 
 
 def _by_blocks(x_TF: Tensor, size: int, stride: int) -> Tensor:
-    return x_TF.reshape(x_TF.shape[0], -1, size, stride).transpose(2, 3).reshape(x_TF.shape[0], -1, size)
+    tokens, features = x_TF.shape
+    groups = features // (size * stride)
+    return x_TF.reshape(tokens, groups, size, stride).transpose(2, 3).reshape(tokens, groups * stride, size)
 
 
 def _in_order(x_TBS: Tensor, stride: int) -> Tensor:
     """What `_by_blocks` did, undone."""
-    tokens, _, size = x_TBS.shape
-    return x_TBS.reshape(tokens, -1, stride, size).transpose(2, 3).reshape(tokens, -1)
+    tokens, blocks, size = x_TBS.shape
+    return x_TBS.reshape(tokens, blocks // stride, stride, size).transpose(2, 3).reshape(tokens, blocks * size)

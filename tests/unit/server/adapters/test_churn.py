@@ -18,7 +18,7 @@ from server.adapters.lowering.target import Target
 from server.adapters.source import Artifact, GoldenRow, Resolution
 from server.adapters.store import PROBES_AT_ONCE, AdapterStore
 from server.config import AdapterConfig
-from server.errors import AdapterUnavailable
+from server.errors import AdapterUnavailable, MixtureRefused
 from server.metrics import Metrics
 from server.primitives.graft import Graft
 from server.primitives.routed_experts import Route
@@ -104,7 +104,7 @@ def popular(rng: random.Random, count: int) -> Sequence[str]:
 @pytest.mark.parametrize("terms", [1, 3])
 def test_a_thousand_adapters_churn_within_the_budget_and_none_that_is_held_goes(terms: int) -> None:
     source = MadeSource()
-    budget = max(HELD, terms * AT_ONCE + 2) * BYTES
+    budget = HELD * BYTES  # less than all users want at once where they want three
     store = made_store(source, cache_bytes=budget, max_concurrent_loads=2)
     served: Counter[str] = Counter()
 
@@ -186,3 +186,57 @@ def test_a_resident_adapter_takes_what_its_factors_take_in_the_file() -> None:
     store = made_store(MadeSource())
     status = asyncio.run(store.warm("7"))
     assert status.bytes == BYTES
+
+
+def test_mixtures_that_want_each_others_room_come_one_after_the_other() -> None:
+    store = made_store(MadeSource(), cache_bytes=3 * BYTES)
+
+    async def user(pair: int) -> None:
+        lease = await store.acquire([(str(2 * pair), 1.0), (str(2 * pair + 1), 0.5)])
+        assert len(lease.grafts) == 2
+        await asyncio.sleep(0.01)
+        lease.release()
+
+    async def all_users() -> None:
+        await asyncio.gather(*(user(pair) for pair in range(8)))
+
+    asyncio.run(asyncio.wait_for(all_users(), 10))
+
+
+def test_adapters_that_are_never_all_let_go_keep_no_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = made_store(MadeSource(), cache_bytes=BYTES)
+    monkeypatch.setattr("server.adapters.room.PATIENCE_S", 0.1)
+
+    async def popular_ones(over: asyncio.Event) -> int:
+        served, held = 0, await store.acquire([("0", 1.0)])
+        while not over.is_set():
+            following = asyncio.create_task(store.acquire([("0", 1.0)]))
+            await asyncio.wait([following], timeout=0.02)
+            held.release()
+            held = await following
+            served += 1
+        held.release()
+        return served
+
+    async def rare_one() -> int:
+        over = asyncio.Event()
+        flood = asyncio.create_task(popular_ones(over))
+        await asyncio.sleep(0.05)
+        rare = await store.acquire([("1", 1.0)])
+        rare.release()
+        over.set()
+        return await flood
+
+    assert asyncio.run(asyncio.wait_for(rare_one(), 10)) > 3
+
+
+def test_a_mixture_that_never_fits_is_refused_at_once() -> None:
+    store = made_store(MadeSource(), cache_bytes=2 * BYTES)
+
+    async def ask() -> None:
+        with pytest.raises(MixtureRefused, match=f"take {3 * BYTES} bytes, the adapter cache holds {2 * BYTES}"):
+            await store.acquire([(name, 1.0) for name in ("1", "2", "3")])
+        assert {status.leases for status in store.resident()} == {0}
+        (await store.acquire([("1", 1.0), ("3", 1.0)])).release()
+
+    asyncio.run(asyncio.wait_for(ask(), 10))

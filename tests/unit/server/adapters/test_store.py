@@ -104,7 +104,7 @@ def test_mixtures_without_an_exact_sum_are_refused_by_name(
 
 
 def test_several_prefixes_stand_in_the_order_written_and_are_counted(
-    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path]
 ) -> None:
     for kind in ("prefix", "prompt", "lora"):
         hub.push(adapter(kind, 1), kind)
@@ -123,9 +123,10 @@ def test_several_prefixes_stand_in_the_order_written_and_are_counted(
             sizes = {status.name: status.bytes for status in server.store.resident()}
         room = sum(sizes[kind] for kind in alone)
         async with rig(cache_bytes=room) as server:
-            monkeypatch.setattr("server.adapters.store.ROOM_TIMEOUT_S", 0.05)
             full = await refused(server, ("prefix", 1.0), ("prompt", 1.0))
-            assert "prefix@1 and prompt@1 needs" in full.message
+            assert isinstance(full, MixtureRefused)
+            assert "prefix@1 and prompt@1 and what is served with it take" in full.message
+            assert {status.leases for status in server.store.resident()} == {0}
         async with rig(cache_bytes=room + 3 * sizes["prefix"]) as server:
             await server.ask(PROMPT, ("prefix", 1.0), ("prompt", 1.0))
             await server.ask(PROMPT, ("prompt", 1.0), ("prefix", 1.0))
@@ -276,7 +277,7 @@ def test_a_full_cache_waits_for_a_lease_to_end(
             (await second).release()
             assert [status.name for status in server.store.resident()] == ["bot-2"]
             held = await server.store.acquire([("bot-2", 1.0)])
-            monkeypatch.setattr("server.adapters.store.ROOM_TIMEOUT_S", 0.05)
+            monkeypatch.setattr("server.adapters.room.WAIT_S", 0.05)
             with pytest.raises(Unavailable, match=f"cache of {size} bytes is in use"):
                 await server.store.acquire([("bot-1", 1.0)])
             held.release()
@@ -417,5 +418,23 @@ def test_names_given_by_hand_are_served_until_they_are_taken_away(
                 await server.store.load("my-bot@2", "team/bot")
             with pytest.raises(InvalidValue):
                 await server.store.load("my-bot", "../../etc")
+
+    run(work())
+
+
+@pytest.mark.parametrize("kind", sorted(set(CONFIGS) - {"lora"}))
+def test_an_adapter_that_has_left_the_batch_leaves_no_trace(
+    rig: Any, run: Any, hub: LocalHub, adapter: Callable[..., Path], kind: str
+) -> None:
+    """It may stay packed for a while, with no token that carries it."""
+    hub.push(adapter("lora", 1), "stays")
+    hub.push(adapter(kind, 2), "leaves")
+    prompt = [*PROMPT, *CONFIGS["alora"]().alora_invocation_tokens]
+
+    async def work() -> None:
+        async with rig() as server:
+            alone, _ = await server.ask(prompt, ("stays", 1.0))
+            await asyncio.gather(server.ask(prompt, ("stays", 1.0)), server.ask(prompt, ("leaves", 1.0)))
+            assert (await server.ask(prompt, ("stays", 1.0)))[0] == alone
 
     run(work())
