@@ -291,54 +291,72 @@ int mg_lowrank(const void *x, int64_t x_row, int64_t tokens, int64_t inputs, int
     return failed;
 }
 
-/* The newest token of each sequence over its cached positions.
+static int64_t bytes(int64_t numbers, int type) { return numbers * (type == FP32 ? 4 : 2); }
 
-   query[h][b] is at query + h * head_row + b * token_row, (dim); out is (sequences, heads, dim). keys, values:
-   (kv_heads, rows, dim) of `type`, FP32 or BF16, like query and out; dim a multiple of 16. blocks: (sequences, width).
-   window, softcap: 0 for none; sinks: (heads) or NULL. Returns 0, or -1 when there is no memory. */
+static void *moved(const void *p, int64_t numbers, int type) { return (char *)p + bytes(numbers, type); }
+
+/* The newest tokens of some sequences over their cached positions: what all of them share. */
+typedef struct {
+    const loops_t *fast;
+    const void *query;
+    int64_t head_row, token_row; /* query[h][b] is at query + h * head_row + b * token_row, (dim) */
+    void *out;                   /* (sequences, heads, dim) */
+    const void *keys, *values;   /* (kv_heads, rows, dim) */
+    int64_t rows, sequences, heads, kv_heads, dim; /* dim a multiple of 16 */
+    int type;
+    const int64_t *blocks, *lengths; /* (sequences, width), (sequences) */
+    int64_t width, block_size, window; /* window: 0 for none */
+    float scale, softcap;              /* softcap: 0 for none */
+    const float *sinks;                /* (heads) or NULL */
+} attention_t;
+
+/* The query heads of KV head n % kv_heads in sequence n / kv_heads. Returns 0, or -1 when there is no memory. */
+static int attend_piece(const attention_t *job, int64_t n) {
+    const int64_t group = job->heads / job->kv_heads, dim = job->dim, b = n / job->kv_heads, head = n % job->kv_heads;
+    const int64_t length = job->lengths[b];
+    const int64_t first = job->window && length > job->window ? length - job->window : 0;
+    const int64_t padded = (length - first + WIDEST - 1) / WIDEST * WIDEST;
+    float *const own = room(group * (padded + 2 * dim) + ROWS_AT_ONCE * dim);
+    if (!own) return -1;
+    float *const wide = own + group * padded, *const made = wide + group * dim, *const tile = made + group * dim;
+    for (int64_t g = 0; g < group; g++) {
+        const int64_t at = (head * group + g) * job->head_row + b * job->token_row;
+        for (int64_t d = 0; d < dim; d++) {
+            wide[g * dim + d] = widen(job->query, at + d, job->type) * job->scale;
+            made[g * dim + d] = 0;
+        }
+    }
+    const int64_t at = head * job->rows * dim;
+    job->fast->attend[job->type](wide, moved(job->keys, at, job->type), moved(job->values, at, job->type),
+                                 job->blocks + b * job->width, job->block_size, first, length, group, dim, job->softcap,
+                                 job->sinks ? job->sinks + head * group : NULL, own, padded, tile, made);
+    for (int64_t i = 0; i < group * dim; i++) {
+        const int64_t to = (b * job->heads + head * group) * dim + i;
+        if (job->type == FP32) ((float *)job->out)[to] = made[i];
+        else ((uint16_t *)job->out)[to] = narrow(made[i]);
+    }
+    return 0;
+}
+
+static int64_t attention_work(const attention_t *job) {
+    int64_t seen = 0;
+    for (int64_t b = 0; b < job->sequences; b++) seen += job->lengths[b];
+    return seen * job->heads * job->dim;
+}
+
+/* The newest token of each sequence over its cached positions: see attention_t. Returns 0, or -1 without memory. */
 int mg_attend(const void *query, int64_t head_row, int64_t token_row, void *out, const void *keys, const void *values,
               int64_t rows, int type, int64_t sequences, int64_t heads, int64_t kv_heads, int64_t dim,
               const int64_t *blocks, int64_t width, const int64_t *lengths, int64_t block_size, int64_t window,
               float scale, float softcap, const float *sinks, int threads) {
-    const loops_t *const fast = loops();
-    const int64_t group = heads / kv_heads, size = type == FP32 ? 4 : 2;
-    int64_t seen = 0;
+    const attention_t job = {loops(), query, head_row, token_row, out, keys, values, rows, sequences, heads, kv_heads, dim,
+                             type, blocks, lengths, width, block_size, window, scale, softcap, sinks};
     int failed = 0;
-    for (int64_t b = 0; b < sequences; b++) seen += lengths[b];
-#pragma omp parallel for num_threads(threads_for(seen * heads * dim, threads)) schedule(dynamic, 1)
-    for (int64_t n = 0; n < sequences * kv_heads; n++) {
-        const int64_t b = n / kv_heads, head = n % kv_heads, length = lengths[b];
-        const int64_t first = window && length > window ? length - window : 0;
-        const int64_t padded = (length - first + WIDEST - 1) / WIDEST * WIDEST;
-        float *const own = room(group * (padded + 2 * dim) + ROWS_AT_ONCE * dim);
-        if (!own) {
-            failed = -1;
-            continue;
-        }
-        float *const wide = own + group * padded, *const made = wide + group * dim, *const tile = made + group * dim;
-        for (int64_t g = 0; g < group; g++) {
-            const int64_t at = (head * group + g) * head_row + b * token_row;
-            for (int64_t d = 0; d < dim; d++) {
-                wide[g * dim + d] = widen(query, at + d, type) * scale;
-                made[g * dim + d] = 0;
-            }
-        }
-        const int64_t at = head * rows * dim * size;
-        fast->attend[type](
-            wide, (const char *)keys + at, (const char *)values + at, blocks + b * width, block_size, first, length,
-            group, dim, softcap, sinks ? sinks + head * group : NULL, own, padded, tile, made);
-        for (int64_t i = 0; i < group * dim; i++) {
-            const int64_t to = (b * heads + head * group) * dim + i;
-            if (type == FP32) ((float *)out)[to] = made[i];
-            else ((uint16_t *)out)[to] = narrow(made[i]);
-        }
-    }
+#pragma omp parallel for num_threads(threads_for(attention_work(&job), threads)) schedule(dynamic, 1)
+    for (int64_t n = 0; n < sequences * kv_heads; n++)
+        if (attend_piece(&job, n)) failed = -1;
     return failed;
 }
-
-static int64_t bytes(int64_t numbers, int type) { return numbers * (type == FP32 ? 4 : 2); }
-
-static void *moved(const void *p, int64_t numbers, int type) { return (char *)p + bytes(numbers, type); }
 
 /* RMSNorm of rows `x_row` apart into rows that lie side by side. weight has their type. */
 void mg_norm(const void *x, int64_t x_row, int64_t rows, int64_t count, const void *weight, float offset, float eps,
@@ -387,29 +405,80 @@ void mg_scale(const float *x, const float *scales, int64_t rows, int64_t count, 
         fast->scale[type](x + n * count, scales[n], moved(out, n * count, type), count);
 }
 
-/* What stands before attention: queries rotated where they are, keys rotated on their way to the cache, values copied.
+/* What stands before attention: queries rotated where they are, keys rotated on their way to the cache, values copied. */
+typedef struct {
+    const loops_t *fast;
+    void *query; /* (tokens, heads, dim), rows of a token query_row apart; key and value alike, of kv_heads */
+    int64_t query_row;
+    const void *key;
+    int64_t key_row;
+    const void *value;
+    int64_t value_row, heads, kv_heads, dim;
+    const void *cos, *sin; /* (tokens, rotated) */
+    int64_t rotated;
+    const int64_t *places; /* of each token in the cache */
+    void *keys, *values;   /* (kv_heads, rows, dim) */
+    int64_t rows;
+    int type;
+} storing_t;
 
-   query, key, value: (tokens, heads or kv_heads, dim), rows of a token query_row ... apart. cos, sin: (tokens, rotated).
-   places[t]: the token's row of the cache; keys, values: (kv_heads, rows, dim). All of `type`. */
+static void store_token(const storing_t *job, int64_t t) {
+    const int type = job->type;
+    const int64_t dim = job->dim, half = job->rotated / 2;
+    const void *const c = moved(job->cos, t * job->rotated, type), *const s = moved(job->sin, t * job->rotated, type);
+    for (int64_t h = 0; h < job->heads; h++) {
+        void *const own = moved(job->query, t * job->query_row + h * dim, type);
+        job->fast->rotate[type](own, c, s, own, half, dim);
+    }
+    for (int64_t h = 0; h < job->kv_heads; h++) {
+        const int64_t to = (h * job->rows + job->places[t]) * dim;
+        job->fast->rotate[type](moved(job->key, t * job->key_row + h * dim, type), c, s, moved(job->keys, to, type), half,
+                                dim);
+        memcpy(moved(job->values, to, type), moved(job->value, t * job->value_row + h * dim, type), bytes(dim, type));
+    }
+}
+
+/* See storing_t. */
 void mg_rotate_and_store(void *query, int64_t query_row, const void *key, int64_t key_row, const void *value,
                          int64_t value_row, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
                          const void *cos, const void *sin, int64_t rotated, const int64_t *places, void *keys,
                          void *values, int64_t rows, int type, int threads) {
-    const loops_t *const fast = loops();
+    const storing_t job = {loops(), query, query_row, key, key_row, value, value_row, heads, kv_heads, dim,
+                           cos, sin, rotated, places, keys, values, rows, type};
 #pragma omp parallel for num_threads(threads_for(tokens * heads * dim, threads)) schedule(static)
-    for (int64_t t = 0; t < tokens; t++) {
-        const void *const c = moved(cos, t * rotated, type), *const s = moved(sin, t * rotated, type);
-        for (int64_t h = 0; h < heads; h++) {
-            void *const own = moved(query, t * query_row + h * dim, type);
-            fast->rotate[type](own, c, s, own, rotated / 2, dim);
+    for (int64_t t = 0; t < tokens; t++) store_token(&job, t);
+}
+
+/* An attention from its one product on: what mg_rotate_and_store does with the product and its bias, then what mg_attend
+   does for the first `sequences` tokens, each the newest of its sequence.
+
+   made: (tokens, (heads + 2 * kv_heads) * dim), queries, keys and values side by side, which becomes what is attended
+   with; bias: as long as a row, or NULL. out: (tokens, heads, dim), of which the first `sequences` are written.
+   Returns 0, or -1 when there is no memory. */
+int mg_begin_attention(void *made, const void *bias, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
+                       const void *cos, const void *sin, int64_t rotated, const int64_t *places, void *keys, void *values,
+                       int64_t rows, int type, int64_t sequences, const int64_t *blocks, int64_t width,
+                       const int64_t *lengths, int64_t block_size, int64_t window, float scale, void *out, int threads) {
+    const loops_t *const fast = loops();
+    const int64_t row = (heads + 2 * kv_heads) * dim;
+    const void *const key = moved(made, heads * dim, type), *const value = moved(made, (heads + kv_heads) * dim, type);
+    const storing_t storing = {fast, made, row, key, row, value, row, heads, kv_heads, dim, cos, sin, rotated, places, keys,
+                               values, rows, type};
+    const attention_t attention = {fast, made, dim, row, out, keys, values, rows, sequences, heads, kv_heads, dim,
+                                   type, blocks, lengths, width, block_size, window, scale, 0, NULL};
+    int failed = 0;
+#pragma omp parallel num_threads(threads_for(attention_work(&attention) + tokens * row, threads))
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            if (bias) fast->add[type](bias, moved(made, t * row, type), row);
+            store_token(&storing, t);
         }
-        for (int64_t h = 0; h < kv_heads; h++) {
-            const int64_t to = (h * rows + places[t]) * dim;
-            fast->rotate[type](moved(key, t * key_row + h * dim, type), c, s, moved(keys, to, type), rotated / 2, dim);
-            const void *const v = moved(value, t * value_row + h * dim, type);
-            memcpy(moved(values, to, type), v, bytes(dim, type));
-        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < sequences * kv_heads; n++)
+            if (attend_piece(&attention, n)) failed = -1;
     }
+    return failed;
 }
 
 /* y = W x of a weight in few bits: w[o][i] = levels[code] * scales[o][i / group] + offsets[o][i / group].

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = frozenset({torch.float32, torch.bfloat16})  # of what goes through the network
 LANES = 16
+TILE = 16  # rows of a matrix unit's tile
 MEMBERS = 8  # Linears that read the same input, at most
 
 _INTEGER, _POINTER, _FLOAT, _TYPE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
@@ -58,6 +59,13 @@ _SIGNATURES = {
         *(_POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER),  # blocks, lengths, block size, window
         *(_FLOAT, _FLOAT, _POINTER, _TYPE),
     ),
+    "mg_begin_attention": (
+        *(_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER),  # made, bias, tokens, heads, kv_heads, dim
+        *(_POINTER, _POINTER, _INTEGER, _POINTER),  # cos, sin, rotated, places
+        *(_POINTER, _POINTER, _INTEGER, _TYPE),  # keys, values, rows
+        *(_INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER),  # sequences, blocks, lengths, block size, window
+        *(_FLOAT, _POINTER, _TYPE),  # scale, out
+    ),
     "mg_few_bits": (
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # x, y
         *(_POINTER, _POINTER, _POINTER, _POINTER),  # codes, levels, scales, offsets
@@ -65,7 +73,7 @@ _SIGNATURES = {
     ),
 }
 
-_CAN_FAIL = frozenset({"mg_lowrank", "mg_attend", "mg_few_bits"})
+_CAN_FAIL = frozenset({"mg_lowrank", "mg_attend", "mg_begin_attention", "mg_few_bits"})
 
 
 def _load() -> ctypes.CDLL | None:
@@ -91,6 +99,16 @@ LIBRARY = _load()
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether activations of that dtype can go through these functions here."""
     return LIBRARY is not None and device.type == "cpu" and dtype in ACTIVATIONS
+
+
+def whole_tiles(tokens: int) -> int:
+    """So many tokens, or a few more: other numbers are slower, and each is compiled when it is first met."""
+    return tokens if tokens <= TILE else -(-tokens // TILE) * TILE
+
+
+def empty_tiles(tokens: int, features: int, dtype: torch.dtype) -> Tensor:
+    """(tokens, features), of anything, with room behind it for whole tiles."""
+    return torch.empty(whole_tiles(tokens), features, dtype=dtype)[:tokens]
 
 
 def attend(
@@ -148,8 +166,8 @@ def rms_norm(x: Tensor, weight_F: Tensor, *, offset: float, eps: float) -> Tenso
     """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last axis. One dtype, rounded once."""
     assert LIBRARY is not None
     rows = x if x.is_contiguous() else x.contiguous()
-    out = torch.empty_like(rows)
     features = x.shape[-1]
+    out = empty_tiles(x.numel() // features, features, x.dtype).view(x.shape)
     LIBRARY.mg_norm(
         rows.data_ptr(),
         features,
@@ -168,8 +186,8 @@ def rms_norm(x: Tensor, weight_F: Tensor, *, offset: float, eps: float) -> Tenso
 def add_and_norm(x: Tensor, y: Tensor, weight_F: Tensor, *, offset: float, eps: float) -> Tensor:
     """`rms_norm` of y + x, which y becomes. All of one dtype and contiguous."""
     assert LIBRARY is not None and x.is_contiguous() and y.is_contiguous() and x.shape == y.shape
-    out = torch.empty_like(y)
     features = y.shape[-1]
+    out = empty_tiles(y.numel() // features, features, y.dtype).view(y.shape)
     LIBRARY.mg_add_and_norm(
         x.data_ptr(),
         y.data_ptr(),
@@ -185,17 +203,24 @@ def add_and_norm(x: Tensor, y: Tensor, weight_F: Tensor, *, offset: float, eps: 
     return out
 
 
-def swiglu(a_TF: Tensor, b_TF: Tensor) -> Tensor:
-    """silu(a) * b. Rows may lie apart; one dtype, rounded once."""
+def swiglu(a_TF: Tensor, b_TF: Tensor | None = None) -> Tensor:
+    """silu(a) * b. Rows may lie apart; one dtype, rounded once. Without b, both stand side by side in a: (T, 2 F)."""
     assert LIBRARY is not None
-    assert a_TF.stride(1) == b_TF.stride(1) == 1
-    out_TF = torch.empty(a_TF.shape, dtype=a_TF.dtype)
+    if b_TF is None:
+        tokens, features = a_TF.shape[0], a_TF.shape[1] // 2
+        b, b_row, last = a_TF.data_ptr() + features * a_TF.element_size(), a_TF.stride(0), a_TF.stride(1)
+    else:
+        tokens, features = a_TF.shape
+        b, b_row, last = b_TF.data_ptr(), b_TF.stride(0), b_TF.stride(1)
+    assert a_TF.stride(1) == last == 1
+    out_TF = empty_tiles(tokens, features, a_TF.dtype)
     LIBRARY.mg_swiglu(
         a_TF.data_ptr(),
         a_TF.stride(0),
-        b_TF.data_ptr(),
-        b_TF.stride(0),
-        *a_TF.shape,
+        b,
+        b_row,
+        tokens,
+        features,
         out_TF.data_ptr(),
         TYPES[a_TF.dtype],
         torch.get_num_threads(),
@@ -276,6 +301,62 @@ def rotate_and_store(
         TYPES[query_THD.dtype],
         torch.get_num_threads(),
     )
+
+
+def begin_attention(
+    made_TO: Tensor,
+    bias_O: Tensor | None,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    places_T: Tensor,
+    keys_KLD: Tensor,
+    values_KLD: Tensor,
+    blocks_BN: Tensor | None,
+    lengths_B: Tensor | None,
+    *,
+    block_size: int,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Bias, `rotate_and_store` and, for the first B tokens, `attend`, from one product on: (T, H * D).
+
+    `made_TO` has queries, keys and values side by side, O = (H + 2 K) D, and becomes what is attended with. Of what is
+    returned the first B rows are written. None decodes where `blocks_BN` is None. Raises: MemoryError.
+    """
+    assert LIBRARY is not None and made_TO.is_contiguous() and keys_KLD.is_contiguous() and values_KLD.is_contiguous()
+    assert cos_TR.is_contiguous() and sin_TR.is_contiguous()
+    tokens, outputs = made_TO.shape
+    kv_heads, rows, dim = keys_KLD.shape
+    heads = outputs // dim - 2 * kv_heads
+    out_TQ = empty_tiles(tokens, heads * dim, made_TO.dtype)
+    failed = LIBRARY.mg_begin_attention(
+        made_TO.data_ptr(),
+        None if bias_O is None else bias_O.data_ptr(),
+        tokens,
+        heads,
+        kv_heads,
+        dim,
+        cos_TR.data_ptr(),
+        sin_TR.data_ptr(),
+        cos_TR.shape[1],
+        places_T.data_ptr(),
+        keys_KLD.data_ptr(),
+        values_KLD.data_ptr(),
+        rows,
+        TYPES[made_TO.dtype],
+        0 if blocks_BN is None else len(blocks_BN),
+        None if blocks_BN is None else blocks_BN.data_ptr(),
+        0 if blocks_BN is None else blocks_BN.shape[1],
+        None if lengths_B is None else lengths_B.data_ptr(),
+        block_size,
+        window or 0,
+        scale,
+        out_TQ.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the scores of an attention")
+    return out_TQ
 
 
 def few_bits(

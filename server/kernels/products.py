@@ -18,13 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.kernels.native import TILE, whole_tiles
+
 HALF_STEP = 2.0**-25  # half of the distance of fp16's smallest numbers
-TOKENS = 16  # of the steps that the packing is made for; rows of a matrix unit's tile
+TOKENS = TILE  # of the steps that the packing is made for
 
 
-def whole_tiles(tokens: int) -> int:
-    """So many tokens, or a few more: other numbers are slower, and each is compiled when it is first met."""
-    return tokens if tokens <= TOKENS else -(-tokens // TOKENS) * TOKENS
+def with_rows(x_TI: Tensor, rows: int) -> Tensor:
+    """(rows, I): x and behind it anything, without a copy where the memory behind it is its own (`empty_tiles`)."""
+    tokens, inputs = x_TI.shape
+    behind = x_TI.untyped_storage().nbytes() // x_TI.element_size() - x_TI.storage_offset()
+    if x_TI.is_contiguous() and behind >= rows * inputs:
+        return x_TI.as_strided((rows, inputs), (inputs, 1))
+    return F.pad(x_TI, (0, 0, 0, rows - tokens))
 
 
 class Product(Protocol):
@@ -65,12 +71,16 @@ class Ordered:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, TOKENS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x_TI = x.reshape(-1, x.shape[-1])
-        tokens = x_TI.shape[0]
-        if more := whole_tiles(tokens) - tokens:
-            x_TI = F.pad(x_TI, (0, 0, 0, more))
-        y_TO: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, None, "none", [], "")
+        tokens = x.numel() // x.shape[-1]
+        whole = whole_tiles(tokens)
+        if x.dim() == 2 and tokens == whole:
+            return self._multiply(x)
+        y_TO = self._multiply(with_rows(x.reshape(-1, x.shape[-1]), whole))
         return y_TO[:tokens].view(*x.shape[:-1], y_TO.shape[1])
+
+    def _multiply(self, x_TI: Tensor) -> Tensor:
+        y_TO: Tensor = torch.ops.mkldnn._linear_pointwise.default(x_TI, self._packed, None, "none", [], "")
+        return y_TO
 
     def weight(self) -> Tensor:
         dense: Tensor = self._packed.to_dense()

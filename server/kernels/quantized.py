@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.kernels import native
-from server.kernels.products import Product, whole_tiles
+from server.kernels.native import whole_tiles
+from server.kernels.products import Product
 
 BYTE = 127  # the largest code of eight bits
 SEVEN_BITS = 63

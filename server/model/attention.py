@@ -13,7 +13,7 @@ models/gpt_oss/modeling_gpt_oss.py `eager_attention_forward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -139,18 +139,31 @@ def read_cache(
     """(1, T, H, D): what the step's tokens see of the cache, in which their own keys and values stand already."""
     plan.seen += 1
     parts = []
-    start = 0
     if plan.decode_blocks_BN is not None:
-        start = plan.decode_blocks_BN.shape[0]
+        decodes = plan.decode_blocks_BN.shape[0]
         decode = _decode_for(query_HTD, plan.cache)
-        parts.append(decode(query_HTD[:, :start], plan, layer, window, scale, softcap, sinks_H))
+        parts.append(decode(query_HTD[:, :decodes], plan, layer, window, scale, softcap, sinks_H))
+    parts += [out for _, out in read_spans(query_HTD, plan, layer, window, scale, softcap, sinks_H)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+
+def read_spans(
+    query_HTD: Tensor,
+    plan: AttentionPlan,
+    layer: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Of each prompt chunk its first token and (n, H, D), what its tokens see of the cache."""
+    start = 0 if plan.decode_blocks_BN is None else plan.decode_blocks_BN.shape[0]
     for index, span in enumerate(plan.spans):
         keys, values = plan.cache.gather(layer, span.blocks_1N)
         mask = plan.span_mask(index, window)
         chunk = query_HTD[:, start : start + span.count]
-        parts.append(_prefill(chunk, keys[:, 0], values[:, 0], mask, scale, softcap, sinks_H))
+        yield start, _prefill(chunk, keys[:, 0], values[:, 0], mask, scale, softcap, sinks_H)
         start += span.count
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
 
 def in_place(x: Tensor, cache: KvCache, dim: int) -> bool:

@@ -1,8 +1,9 @@
-"""What stands between a layer's products, in one native pass each: norms, rotation and storing of keys, SwiGLU.
+"""What stands between a layer's products, in one native pass each: norms, rotation and storing of keys, attention of
+decodes, SwiGLU.
 
-A stock module keeps its place, its hooks and its Linears; only its forward changes. Which modules compute what is meant
-here is known by their class, and proved on the load's own probes; a base that fails goes back to its stock modules
-(`server.model.load`).
+A stock module keeps its place, its hooks and its Linears; only its forward changes, of a decoder as a whole where no
+hook looks into it. Which modules compute what is meant here is known by their class, and proved on the load's own
+probes; a base that fails goes back to its stock modules (`server.model.load`).
 
 T tokens, H query heads, K KV heads, D head dimension.
 Source: transformers 5.23, models/qwen2/modeling_qwen2.py, models/qwen3/modeling_qwen3.py.
@@ -15,9 +16,10 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from server.kernels import native
-from server.model.attention import AttentionPlan, in_place, read_cache
+from server.model.attention import AttentionPlan, in_place, read_cache, read_spans
 from server.model.grafted import GraftedLinear, GraftedNorm
 
 MODELS = "transformers.models."
@@ -54,7 +56,6 @@ MLPS = frozenset(
     }
 )
 
-
 # Layers that add the attention of a norm, then the MLP of a norm, to the stream.
 LAYERS = frozenset(
     {
@@ -64,10 +65,19 @@ LAYERS = frozenset(
         "qwen3.modeling_qwen3.Qwen3DecoderLayer",
     }
 )
+# Decoders that are an embedding, such layers with one rotation for all, and a norm.
+DECODERS = frozenset(
+    {
+        "llama.modeling_llama.LlamaModel",
+        "mistral.modeling_mistral.MistralModel",
+        "qwen2.modeling_qwen2.Qwen2Model",
+        "qwen3.modeling_qwen3.Qwen3Model",
+    }
+)
 
 
 def fuse(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """Give the layers, attentions and MLPs that are known here native forwards; returns what takes them away again.
+    """Give the decoders, layers, attentions and MLPs that are known here native forwards; returns what takes them away.
 
     `dtype` is that of the activations.
     """
@@ -75,21 +85,28 @@ def fuse(network: nn.Module, device: torch.device, dtype: torch.dtype) -> Callab
     mlps: dict[nn.Module, _Mlp] = {}
     layers: dict[nn.Module, _Layer] = {}
     for module in network.modules() if native.serves(device, dtype) else ():
-        kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix(MODELS)
+        kind = _kind(module)
         if kind in ATTENTIONS and _are_grafted(module, "q_proj", "k_proj", "v_proj", "o_proj"):
             attentions[module] = _Attention(module, ATTENTIONS[kind](module))
         elif kind in MLPS and _are_grafted(module, "gate_proj", "up_proj", "down_proj") and _is_silu(module):
             mlps[module] = _Mlp(module)
     for module in network.modules() if attentions and mlps else ():
-        kind = f"{type(module).__module__}.{type(module).__name__}".removeprefix(MODELS)
-        if kind not in LAYERS:
+        if _kind(module) not in LAYERS:
             continue
         layer: Any = module
         attention, mlp = attentions.get(layer.self_attn), mlps.get(layer.mlp)
         norms = layer.input_layernorm, layer.post_attention_layernorm
         if attention and mlp and all(isinstance(norm, GraftedNorm) for norm in norms):
             layers[module] = _Layer(layer, attention, mlp)
-    fused: Mapping[nn.Module, Any] = {**attentions, **mlps, **layers}
+    decoders: dict[nn.Module, _Decoder] = {}
+    for module in network.modules() if layers else ():
+        if _kind(module) not in DECODERS:
+            continue
+        decoder: Any = module
+        own_layers = [layers.get(layer) for layer in decoder.layers]
+        if all(own_layers) and isinstance(decoder.norm, GraftedNorm):
+            decoders[module] = _Decoder(decoder, [layer for layer in own_layers if layer])
+    fused: Mapping[nn.Module, Any] = {**attentions, **mlps, **layers, **decoders}
     for module, own in fused.items():
         module.forward = own.forward
 
@@ -105,12 +122,16 @@ class _Together:
 
     def __init__(self, *linears: GraftedLinear) -> None:
         self._linears = linears
-        self._joint = linears[0].joint if linears[0].beside == [linear.name for linear in linears] else None
+        self.joint = linears[0].joint if linears[0].beside == [linear.name for linear in linears] else None
 
     def __call__(self, x_TI: Tensor) -> Sequence[Tensor]:
-        if self._joint is None or self._linears[0].active.routes is not None:
+        if self.joint is None or self._linears[0].active.routes is not None:
             return [linear(x_TI) for linear in self._linears]
-        return self._joint.compute(x_TI)
+        return self.joint.compute(x_TI)
+
+    def side_by_side(self, x_TI: Tensor) -> Tensor | None:
+        """In one tensor, without their biases; None where they are not one joint, or adapters do much here."""
+        return None if self.joint is None else self.joint.side_by_side(x_TI)
 
 
 class _Attention:
@@ -143,6 +164,15 @@ class _Attention:
         return isinstance(plan, AttentionPlan) and in_place(x, plan.cache, self._module.head_dim)
 
     def attend(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+        made_TO = None if self._norms[0] is not None else self._read.side_by_side(x_TE)
+        if made_TO is None:
+            out_TQ = self._attend_in_steps(x_TE, position_embeddings, plan)
+        else:
+            out_TQ = self._attend_at_once(made_TO, position_embeddings, plan)
+        (made_TE,) = self._write(out_TQ)
+        return made_TE
+
+    def _attend_in_steps(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         module = self._module
         shape = (x_TE.shape[0], -1, module.head_dim)
         query, key, value = (part.view(shape) for part in self._read(x_TE))
@@ -152,8 +182,35 @@ class _Attention:
         cos, sin = position_embeddings
         native.rotate_and_store(query, key, value, cos[0], sin[0], plan.rows_T, cache.keys[layer], cache.values[layer])
         out = read_cache(query.transpose(0, 1), plan, layer, self._window, module.scaling, None, None)
-        (made_TE,) = self._write(out.view(x_TE.shape[0], -1))
-        return made_TE
+        return out.view(x_TE.shape[0], -1)
+
+    def _attend_at_once(
+        self, made_TO: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan
+    ) -> Tensor:
+        """The same from queries, keys and values side by side, which have no norms of their own."""
+        assert self._read.joint is not None
+        module, cache = self._module, plan.cache
+        layer, (cos, sin) = int(module.layer_idx), position_embeddings
+        out_TQ = native.begin_attention(
+            made_TO,
+            self._read.joint.bias,
+            cos[0],
+            sin[0],
+            plan.rows_T,
+            cache.keys[layer],
+            cache.values[layer],
+            plan.decode_blocks_BN,
+            plan.decode_lengths_B,
+            block_size=cache.block_size,
+            window=self._window,
+            scale=module.scaling,
+        )
+        plan.seen += 1
+        if plan.spans:
+            query_HTD = made_TO[:, : out_TQ.shape[1]].view(len(made_TO), -1, module.head_dim).transpose(0, 1)
+            for first, out_nHD in read_spans(query_HTD, plan, layer, self._window, module.scaling, None, None):
+                out_TQ[first : first + len(out_nHD)] = out_nHD.flatten(1)
+        return out_TQ
 
 
 class _Mlp:
@@ -165,8 +222,11 @@ class _Mlp:
         return self.compute(x.reshape(-1, x.shape[-1])).view(x.shape)
 
     def compute(self, x_TE: Tensor) -> Tensor:
-        gate_TF, up_TF = self._read(x_TE)
-        (made_TE,) = self._write(native.swiglu(gate_TF, up_TF))
+        made_TO = None
+        if self._read.joint is not None and self._read.joint.bias is None:
+            made_TO = self._read.side_by_side(x_TE)
+        inner_TF = native.swiglu(*self._read(x_TE)) if made_TO is None else native.swiglu(made_TO)
+        (made_TE,) = self._write(inner_TF)
         return made_TE
 
 
@@ -180,20 +240,78 @@ class _Layer:
             for sublayer in (module.self_attn, module.mlp)
             for hooks in (sublayer._forward_pre_hooks, sublayer._forward_hooks)
         ]
-        self._norms = (module.input_layernorm, module.post_attention_layernorm)
+        self._own_hooks = (module._forward_pre_hooks, module._forward_hooks)
+        self._before, self._behind = module.input_layernorm, module.post_attention_layernorm
         self._attention = attention
         self._mlp = mlp
 
     def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
         plan, rotation = given.get("graft_plan"), given.get("position_embeddings")
-        if any(self._hooks) or rotation is None or not self._attention.serves(plan, hidden_states):
+        if any(self._hooks) or rotation is None or not self.serves(plan, hidden_states):
             stock: Tensor = self._stock(hidden_states, **given)
             return stock
-        before, behind = self._norms
-        x_TE = before.forward(hidden_states).view(-1, hidden_states.shape[-1])
-        stream = self._attention.attend(x_TE, rotation, plan).view(hidden_states.shape)
-        x_TE = behind.of_sum(hidden_states, stream).view(x_TE.shape)
-        return self._mlp.compute(x_TE).view(hidden_states.shape).add_(stream)
+        stream_TE = hidden_states.reshape(-1, hidden_states.shape[-1]).clone()
+        return self.compute(None, stream_TE, rotation, plan).add_(stream_TE).view(hidden_states.shape)
+
+    def is_looked_into(self) -> bool:
+        return any(self._hooks) or any(self._own_hooks)
+
+    def serves(self, plan: object, like: Tensor) -> TypeGuard[AttentionPlan]:
+        """Whether it can work in the cache of that plan with activations like these."""
+        return self._attention.serves(plan, like)
+
+    def compute(
+        self, pending_TE: Tensor | None, stream_TE: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan
+    ) -> Tensor:
+        """What its MLP adds to the stream, which gains what was pending and what its attention adds."""
+        x_TE = _norm_of_sum(self._before, pending_TE, stream_TE)
+        x_TE = _norm_of_sum(self._behind, self._attention.attend(x_TE, rotation, plan), stream_TE)
+        return self._mlp.compute(x_TE)
+
+
+class _Decoder:
+    """Every layer, each sum one pass with the norm behind it. Where a hook looks into a layer, the stock decoder."""
+
+    def __init__(self, module: Any, layers: Sequence[_Layer]) -> None:
+        self._module = module
+        self._stock = module.forward
+        self._layers = layers
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **others: Any,
+    ) -> BaseModelOutputWithPast:
+        plan = others.get("graft_plan")
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        like = self._module.embed_tokens.weight if inputs_embeds is None else inputs_embeds
+        if (
+            position_ids is None
+            or not self._layers[0].serves(plan, like)
+            or any(layer.is_looked_into() for layer in self._layers)
+        ):
+            stock: BaseModelOutputWithPast = self._stock(position_ids=position_ids, **given, **others)
+            return stock
+        x = self._module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.clone()
+        rotation = self._module.rotary_emb(x, position_ids)
+        stream_TE, pending_TE = x[0], None
+        for layer in self._layers:
+            pending_TE = layer.compute(pending_TE, stream_TE, rotation, plan)
+        x_TE = _norm_of_sum(self._module.norm, pending_TE, stream_TE)
+        return BaseModelOutputWithPast(last_hidden_state=x_TE[None])
+
+
+def _norm_of_sum(norm: GraftedNorm, pending_TE: Tensor | None, stream_TE: Tensor) -> Tensor:
+    """Of the stream, once it has gained what is pending. Norms see (1, T, E)."""
+    if pending_TE is None:
+        return norm.forward(stream_TE[None])[0]
+    return norm.of_sum(pending_TE[None], stream_TE[None])[0]
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}".removeprefix(MODELS)
 
 
 def _are_grafted(module: nn.Module, *names: str) -> bool:

@@ -81,8 +81,9 @@ class Joint:
         self._group = group
         self._active = active
         self._gates_of = gates_of
+        self.bias = _one_bias(members)  # of all members side by side, None where none has any
         self._widths = [member.end - member.first for member in members]
-        self._bias = _one_bias(members)
+        self._firsts = [member.first for member in members]
         self._x: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
 
@@ -107,14 +108,26 @@ class Joint:
         y_TO = self.product(x_TI)
         outputs = [y_TO] if len(self.members) == 1 else list(torch.split_with_sizes(y_TO, self._widths, 1))
         whole = gates is None or self._add_adapters(x_TI, outputs, gates)
-        if self._bias is None:
+        if self.bias is None:
             return outputs
         if whole:
-            y_TO += self._bias
+            y_TO += self.bias
             return outputs
         return [
             y if member.bias_O is None else y + member.bias_O for y, member in zip(outputs, self.members, strict=True)
         ]
+
+    def side_by_side(self, x_TI: Tensor) -> Tensor | None:
+        """y (T, O) of all members without the base's bias; None where adapters do more than add low-rank terms."""
+        active = self._active
+        if active.routes is not None or any(member.name in active.operands for member in self.members):
+            return None
+        y_TO = self.product(x_TI)
+        gates = self._gates_of(active)
+        if gates is not None and active.gathered is not None and active.gathered.acts(self._group):
+            _check_count(self.members[0].name, x_TI.shape[0], gates)
+            active.gathered.add_side_by_side(self._group, x_TI, y_TO, self._firsts, gates.runs)
+        return y_TO
 
     def _add_adapters(self, x_TI: Tensor, outputs: list[Tensor], gates: Gates) -> bool:
         """Whether the outputs are still columns of the product, and none had to be replaced."""

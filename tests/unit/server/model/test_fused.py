@@ -75,13 +75,13 @@ def native_parts(network: Network) -> list[str]:
 def test_known_modules_are_native_and_give_what_the_stock_network_gives(architecture: str, tmp_path: Path) -> None:
     stock: Any = saved(architecture, tmp_path, **KNOWN[architecture])
     network = load_network(ModelConfig("tiny", dtype="float32"), tmp_path, name="tiny")
-    assert len(native_parts(network)) == 6, "two layers, the attention and the MLP of each"
+    assert len(native_parts(network)) == 7, "the decoder, two layers, the attention and the MLP of each"
     ids = torch.randint(0, 64, (PROMPT,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = stock(ids[None]).logits[0]
     assert (run(network, ids) - expected).abs().max() < CLOSE
     half = load_network(ModelConfig("tiny", dtype="bfloat16"), tmp_path, name="tiny")
-    assert len(native_parts(half)) == 6
+    assert len(native_parts(half)) == 7
     assert (run(half, ids) - expected).abs().max() < BF16_CLOSE * expected.abs().max()
 
 
