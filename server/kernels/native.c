@@ -531,3 +531,174 @@ int mg_few_bits(const void *x, int64_t x_row, int64_t tokens, void *y, int type,
     }
     return 0;
 }
+
+/* y = W x in bf16 on a matrix unit (AMX), for any number of tokens. A token's sums run over its own inputs in one order,
+   whatever the others are.
+
+   A weight (outputs, inputs) is held in tiles of TILE outputs and DEEP inputs, of which neighbouring inputs stand
+   together, as the unit takes them; SIDE_BY_SIDE tiles of outputs with the same inputs lie side by side, and behind them those
+   with the next inputs, so that the weight is read from its first byte to its last. Inputs are a multiple of DEEP;
+   outputs are filled up with zeros. */
+#define TILE 16
+#define DEEP 32
+#define SIDE_BY_SIDE 4
+#define BLOCK (TILE * SIDE_BY_SIDE) /* outputs */
+
+static int64_t blocks_of(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
+
+/* Numbers of the packed weight. */
+int64_t mg_tiled_size(int64_t outputs, int64_t inputs) { return blocks_of(outputs) * BLOCK * inputs; }
+
+/* weight[o][i] to its place among the tiles. */
+static int64_t tiled(int64_t o, int64_t i, int64_t inputs) {
+    const int64_t tile = (o / BLOCK * (inputs / DEEP) + i / DEEP) * SIDE_BY_SIDE + o % BLOCK / TILE;
+    return tile * TILE * DEEP + i % DEEP / 2 * 2 * TILE + o % TILE * 2 + i % 2;
+}
+
+void mg_tile(const uint16_t *weight, int64_t outputs, int64_t inputs, uint16_t *into, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t o = 0; o < blocks_of(outputs) * BLOCK; o++)
+        for (int64_t i = 0; i < inputs; i++) into[tiled(o, i, inputs)] = o < outputs ? weight[o * inputs + i] : 0;
+}
+
+/* mg_tile undone. */
+void mg_untile(const uint16_t *from, int64_t outputs, int64_t inputs, uint16_t *weight) {
+    for (int64_t o = 0; o < outputs; o++)
+        for (int64_t i = 0; i < inputs; i++) weight[o * inputs + i] = from[tiled(o, i, inputs)];
+}
+
+#if defined(X86) && defined(__linux__) && defined(__has_include) && __has_include(<amxbf16intrin.h>)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define ON_TILES __attribute__((target("arch=x86-64-v4,amx-tile,amx-bf16")))
+#define ASK_FOR_STATE 0x1023 /* ARCH_REQ_XCOMP_PERM */
+#define TILE_DATA 18
+#define LINE 64 /* bytes of a cache's line */
+#define AHEAD 2 /* steps of DEEP inputs that the weight is asked for before it is used */
+
+/* Whether this processor has the unit, and the system lets this process use it. */
+int mg_has_tiles(void) {
+    unsigned a, b, c, d;
+    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
+    const unsigned both = 1u << 22 | 1u << 24;
+    return (d & both) == both && __builtin_cpu_supports("x86-64-v4") && !syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA);
+}
+
+/* Sums are tiles 0 to 3; x and the weight have the rest, x's with so many rows. */
+ON_TILES static void set_tiles(int64_t rows) {
+    struct {
+        uint8_t palette, start, unused[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } __attribute__((aligned(64))) config = {.palette = 1};
+    for (int n = 0; n < 8; n++) config.bytes[n] = 64, config.rows[n] = TILE;
+    if (rows < TILE) /* one tile of x, in 4 */
+        for (int n = 0; n < 5; n++) config.rows[n] = rows;
+    _tile_loadconfig(&config);
+}
+
+ON_TILES static void clear_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+ON_TILES static void store_sums(float *sums) {
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + TILE * TILE, 64);
+    _tile_stored(2, sums + 2 * TILE * TILE, 64);
+    _tile_stored(3, sums + 3 * TILE * TILE, 64);
+}
+
+ON_TILES static void round_tile(const float *sums, int64_t rows, int64_t count, uint16_t *y, int64_t y_row) {
+    for (int64_t t = 0; t < rows; t++) {
+        uint16_t row[TILE];
+        store_bf16_v4(row, load_fp32_v4(sums + t * TILE));
+        memcpy(y + t * y_row, row, count * 2);
+    }
+}
+
+/* At most TILE tokens with a block of outputs: the weight comes from memory and is asked for ahead. */
+ON_TILES static void multiply_few(const uint16_t *x, int64_t x_row, int64_t rows, const uint16_t *w, int64_t inputs, float *sums) {
+    clear_sums();
+    for (int64_t i = 0; i < inputs; i += DEEP, w += SIDE_BY_SIDE * TILE * DEEP) {
+        for (int n = 0; n < SIDE_BY_SIDE * TILE * DEEP; n += 32)
+            _mm_prefetch((const char *)(w + AHEAD * SIDE_BY_SIDE * TILE * DEEP + n), _MM_HINT_T0);
+        _tile_loadd(4, x + i, x_row * 2);
+        _tile_loadd(5, w, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, w + TILE * DEEP, 64);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, w + 2 * TILE * DEEP, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, w + 3 * TILE * DEEP, 64);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    store_sums(sums);
+}
+
+/* 2 * TILE tokens with two tiles of outputs: sums[2 * x + w]. Meanwhile so many lines a step are asked for from `next` on. */
+ON_TILES static void multiply_many(const uint16_t *x, int64_t x_row, const uint16_t *w, int64_t inputs, float *sums,
+                                   const char *next, int64_t lines) {
+    clear_sums();
+    for (int64_t i = 0; i < inputs; i += DEEP, w += SIDE_BY_SIDE * TILE * DEEP) {
+        for (int64_t n = 0; n < lines; n++, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
+        _tile_loadd(4, x + i, x_row * 2);
+        _tile_loadd(6, w, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + TILE * DEEP, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, x + TILE * x_row + i, x_row * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    store_sums(sums);
+}
+
+ON_TILES static void multiply_block(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *w, int64_t inputs,
+                                    int64_t outputs, uint16_t *y, int64_t y_row) {
+    float sums[4 * TILE * TILE] __attribute__((aligned(64)));
+    int64_t t = 0;
+    if (tokens >= 2 * TILE) {
+        const int64_t calls = tokens / (2 * TILE) * ((outputs + 2 * TILE - 1) / (2 * TILE)), steps = inputs / DEEP;
+        const int64_t lines = (BLOCK * inputs * 2 / LINE + calls * steps - 1) / (calls * steps);
+        const char *next = (const char *)(w + BLOCK * inputs);
+        set_tiles(TILE);
+        for (; t + 2 * TILE <= tokens; t += 2 * TILE)
+            for (int64_t o = 0; o < outputs; o += 2 * TILE) {
+                multiply_many(x + t * x_row, x_row, w + o * DEEP, inputs, sums, next, lines);
+                next += lines * steps * LINE;
+                for (int n = 0; n < 4; n++)
+                    if (o + n % 2 * TILE < outputs)
+                        round_tile(sums + n * 256, TILE, at_most(TILE, outputs - o - n % 2 * TILE),
+                                   y + (t + n / 2 * TILE) * y_row + o + n % 2 * TILE, y_row);
+            }
+    }
+    for (; t < tokens; t += TILE) {
+        const int64_t rows = at_most(TILE, tokens - t);
+        set_tiles(rows);
+        multiply_few(x + t * x_row, x_row, rows, w, inputs, sums);
+        for (int64_t o = 0; o < outputs; o += TILE)
+            round_tile(sums + o * TILE, rows, at_most(TILE, outputs - o), y + t * y_row + o, y_row);
+    }
+}
+
+/* x: (tokens, inputs), rows x_row apart; y: (tokens, outputs), side by side. */
+ON_TILES void mg_multiply(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs,
+                          int64_t outputs, uint16_t *y, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < blocks_of(outputs); n++)
+            multiply_block(x, x_row, tokens, weight + n * BLOCK * inputs, inputs, at_most(BLOCK, outputs - n * BLOCK),
+                           y + n * BLOCK, outputs);
+        _tile_release();
+    }
+}
+#else
+int mg_has_tiles(void) { return 0; }
+
+void mg_multiply(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs, int64_t outputs,
+                 uint16_t *y, int threads) {}
+#endif

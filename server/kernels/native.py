@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = frozenset({torch.float32, torch.bfloat16})  # of what goes through the network
 LANES = 16
-TILE = 16  # rows of a matrix unit's tile
+TILE, DEEP = 16, 32  # rows and inputs of a matrix unit's tile of bf16
 MEMBERS = 8  # Linears that read the same input, at most
 
 _INTEGER, _POINTER, _FLOAT, _TYPE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
@@ -66,6 +66,14 @@ _SIGNATURES = {
         *(_INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER),  # sequences, blocks, lengths, block size, window
         *(_FLOAT, _POINTER, _TYPE),  # scale, out
     ),
+    "mg_has_tiles": (),
+    "mg_tiled_size": (_INTEGER, _INTEGER),
+    "mg_tile": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),
+    "mg_untile": (_POINTER, _INTEGER, _INTEGER, _POINTER),
+    "mg_multiply": (
+        *(_POINTER, _INTEGER, _INTEGER),  # x
+        *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # weight, inputs, outputs, y
+    ),
     "mg_few_bits": (
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # x, y
         *(_POINTER, _POINTER, _POINTER, _POINTER),  # codes, levels, scales, offsets
@@ -73,7 +81,10 @@ _SIGNATURES = {
     ),
 }
 
-_CAN_FAIL = frozenset({"mg_lowrank", "mg_attend", "mg_begin_attention", "mg_few_bits"})
+_RESULTS = {
+    **dict.fromkeys(("mg_lowrank", "mg_attend", "mg_begin_attention", "mg_few_bits", "mg_has_tiles"), _TYPE),
+    "mg_tiled_size": _INTEGER,
+}
 
 
 def _load() -> ctypes.CDLL | None:
@@ -88,7 +99,7 @@ def _load() -> ctypes.CDLL | None:
             for name, arguments in _SIGNATURES.items():
                 function = getattr(library, name)
                 function.argtypes = arguments
-                function.restype = _TYPE if name in _CAN_FAIL else None
+                function.restype = _RESULTS.get(name)
             return library
     return None
 
@@ -357,6 +368,48 @@ def begin_attention(
     if failed:
         raise MemoryError("no memory for the scores of an attention")
     return out_TQ
+
+
+def has_tiles() -> bool:
+    """Whether this processor has a matrix unit for bf16 (AMX) that may be used."""
+    return LIBRARY is not None and bool(LIBRARY.mg_has_tiles())
+
+
+def tile(weight_OI: Tensor) -> Tensor:
+    """A bf16 weight in the order in which `multiply` reads it. I is a multiple of 32."""
+    assert LIBRARY is not None and weight_OI.dtype == torch.bfloat16 and weight_OI.shape[1] % DEEP == 0
+    weight_OI = weight_OI.contiguous()
+    packed = torch.empty(LIBRARY.mg_tiled_size(*weight_OI.shape), dtype=torch.bfloat16)
+    LIBRARY.mg_tile(weight_OI.data_ptr(), *weight_OI.shape, packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def untile(packed: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The weight (O, I) again."""
+    assert LIBRARY is not None
+    weight_OI = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+    LIBRARY.mg_untile(packed.data_ptr(), outputs, inputs, weight_OI.data_ptr())
+    return weight_OI
+
+
+def multiply(x_TI: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    """(T, O): the product with a weight of `tile`, in bf16, rounded once."""
+    assert LIBRARY is not None and x_TI.dtype == torch.bfloat16
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    tokens, inputs = x_TI.shape
+    y_TO = torch.empty(tokens, outputs, dtype=torch.bfloat16)
+    LIBRARY.mg_multiply(
+        x_TI.data_ptr(),
+        x_TI.stride(0),
+        tokens,
+        packed.data_ptr(),
+        inputs,
+        outputs,
+        y_TO.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y_TO
 
 
 def few_bits(

@@ -2,7 +2,8 @@
 
 A weight is packed once, when the base is loaded. What is chosen follows from what the processor has, never from a
 timing, so that a base answers alike after every start (docs/performance.md has the timings behind the rule):
-bf16 activations, on processors with bf16 products: the library's own order of the weight (oneDNN);
+bf16 activations, on processors with a matrix unit (AMX): tiles, by a kernel of our own (native.c);
+bf16 activations, on others with bf16 products: the library's own order of the weight (oneDNN);
 fp32 activations of a checkpoint in half precision: the weight stays in 16 bits (FBGEMM), widened in registers. bf16
 numbers are fp16 numbers but for those near zero, which round by 2^-25 at most; a weight that has others stays in fp32.
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.kernels import native
 from server.kernels.native import TILE, whole_tiles
 
 HALF_STEP = 2.0**-25  # half of the distance of fp16's smallest numbers
@@ -87,6 +89,23 @@ class Ordered:
         return dense.float()
 
 
+class Tiled:
+    """bf16 in the tiles of a matrix unit."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._outputs, self._inputs = weight_OI.shape
+        self._packed = native.tile(weight_OI)
+        self.bytes = self._packed.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return native.multiply(x, self._packed, self._outputs)
+        return self(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self._outputs)
+
+    def weight(self) -> Tensor:
+        return native.untile(self._packed, self._outputs, self._inputs).float()
+
+
 class Half:
     """fp16 in memory, fp32 in the product and its result."""
 
@@ -106,6 +125,8 @@ class Half:
 def fastest(weight_OI: Tensor, activations: torch.dtype, stored: torch.dtype) -> Product:
     """The product of a weight. `stored` is the dtype of the checkpoint, from which it may have been widened."""
     if weight_OI.device.type == "cpu":
+        if activations == torch.bfloat16 and weight_OI.shape[1] % native.DEEP == 0 and native.has_tiles():
+            return Tiled(weight_OI)
         if activations == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return Ordered(weight_OI)
         if activations == torch.float32 and stored != torch.float32 and _fits_half(weight_OI):
