@@ -124,6 +124,11 @@ class Gathered:
         self._stride = len(rows) * TERMS.itemsize
         self._start = self._table.ctypes.data
 
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """Where its table lies, and how many groups and columns it has."""
+        return self._start, *self._table.shape
+
     def acts(self, group: int) -> bool:
         """Whether any of the adapters has a term in this group."""
         return group < len(self._used) and self._used[group]

@@ -684,9 +684,8 @@ ON_TILES static void multiply_block(const uint16_t *x, int64_t x_row, int64_t to
     }
 }
 
-/* x: (tokens, inputs), rows x_row apart; y: (tokens, outputs), side by side. */
-ON_TILES void mg_multiply(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs,
-                          int64_t outputs, uint16_t *y, int threads) {
+ON_TILES static void multiply_tiles(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs,
+                                    int64_t outputs, uint16_t *y, int threads) {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
@@ -699,6 +698,94 @@ ON_TILES void mg_multiply(const uint16_t *x, int64_t x_row, int64_t tokens, cons
 #else
 int mg_has_tiles(void) { return 0; }
 
-void mg_multiply(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs, int64_t outputs,
-                 uint16_t *y, int threads) {}
+static void multiply_tiles(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs,
+                           int64_t outputs, uint16_t *y, int threads) {}
 #endif
+
+/* x: (tokens, inputs), rows x_row apart; y: (tokens, outputs), side by side. Without the unit a plain loop. */
+void mg_multiply(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs, int64_t outputs,
+                 uint16_t *y, int threads) {
+    static int has_tiles = -1;
+    if (has_tiles < 0) has_tiles = mg_has_tiles();
+    if (has_tiles) {
+        multiply_tiles(x, x_row, tokens, weight, inputs, outputs, y, threads);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t o = 0; o < outputs; o++)
+        for (int64_t t = 0; t < tokens; t++) {
+            float total = 0;
+            for (int64_t i = 0; i < inputs; i++)
+                total += widen(x, t * x_row + i, BF16) * widen(weight, tiled(o, i, inputs), BF16);
+            y[t * outputs + o] = narrow(total);
+        }
+}
+
+/* One layer of a decoder: norms, products in tiles, and its part of the KV cache. See server/model/decode.py. */
+typedef struct {
+    const void *before, *behind; /* weights of its norms */
+    const uint16_t *qkv, *o, *gate_up, *down;
+    const void *bias; /* of qkv, or NULL */
+    void *keys, *values;
+    int64_t window; /* 0 for none */
+    int64_t qkv_group, o_group, gate_up_group, down_group; /* among those of the low-rank terms */
+    float before_eps, behind_eps, before_offset, behind_offset;
+} layer_t;
+
+/* What all layers of a step share: T tokens, each the newest of its sequence. */
+typedef struct {
+    int64_t tokens, features, heads, kv_heads, dim, inner; /* features of the stream; inner ones of an MLP */
+    const void *cos, *sin;
+    int64_t rotated;
+    const int64_t *places, *blocks, *lengths;
+    int64_t rows, width, block_size; /* rows: of the cache */
+    const run_t *runs;               /* of the low-rank terms; no runs: no adapters */
+    int64_t run_count;
+    const pair_t *pairs;
+    const terms_t *held; /* (groups, columns) */
+    int64_t groups, columns;
+    float scale;
+    int32_t unused;
+} decode_t;
+
+/* y = W x and the low-rank terms of its members, which are columns of y from firsts[m] on. */
+static int multiply_with_terms(const decode_t *step, const uint16_t *x, int64_t inputs, const uint16_t *weight, int64_t outputs,
+                               uint16_t *y, int64_t group, const int64_t *firsts, int64_t members, int threads) {
+    void *places[MEMBERS];
+    int64_t rows[MEMBERS];
+    mg_multiply(x, inputs, step->tokens, weight, inputs, outputs, y, threads);
+    if (!step->run_count || group >= step->groups) return 0;
+    for (int64_t m = 0; m < members; m++) places[m] = y + firsts[m], rows[m] = outputs;
+    return mg_lowrank(x, inputs, step->tokens, inputs, BF16, places, rows, members, step->runs, step->run_count, step->pairs,
+                      step->held + group * step->columns, threads);
+}
+
+/* Layers one after the other, in bf16, as server/model/fused.py has them: an attention of a norm, then an MLP of a norm are
+   added to the stream (tokens, features). What the last MLP makes is left in `pending` (tokens, features), not yet added.
+   work: room for tokens * (features + (heads + 2 * kv_heads) * dim + heads * dim + 3 * inner) numbers.
+   Returns 0, or -1 when there is no memory. */
+int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, uint16_t *stream, uint16_t *pending, uint16_t *work,
+              int threads) {
+    const int64_t T = step->tokens, E = step->features, F = step->inner, Q = step->heads * step->dim;
+    const int64_t K = step->kv_heads * step->dim, qkv[] = {0, Q, Q + K}, gate_up[] = {0, F};
+    uint16_t *const x = work, *const made = x + T * E, *const seen = made + T * (Q + 2 * K), *const both = seen + T * Q;
+    uint16_t *const inner = both + T * 2 * F;
+    int failed = 0;
+    for (const layer_t *layer = layers; layer < layers + count; layer++) {
+        if (layer == layers)
+            mg_norm(stream, E, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
+        else
+            mg_add_and_norm(pending, stream, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
+        failed |= multiply_with_terms(step, x, E, layer->qkv, Q + 2 * K, made, layer->qkv_group, qkv, 3, threads);
+        failed |= mg_begin_attention(made, layer->bias, T, step->heads, step->kv_heads, step->dim, step->cos, step->sin,
+                                     step->rotated, step->places, layer->keys, layer->values, step->rows, BF16, T,
+                                     step->blocks, step->width, step->lengths, step->block_size, layer->window, step->scale,
+                                     seen, threads);
+        failed |= multiply_with_terms(step, seen, Q, layer->o, E, pending, layer->o_group, qkv, 1, threads);
+        mg_add_and_norm(pending, stream, T, E, layer->behind, layer->behind_offset, layer->behind_eps, x, BF16, threads);
+        failed |= multiply_with_terms(step, x, E, layer->gate_up, 2 * F, both, layer->gate_up_group, gate_up, 2, threads);
+        mg_swiglu(both, 2 * F, both + F, 2 * F, T, F, inner, BF16, threads);
+        failed |= multiply_with_terms(step, inner, F, layer->down, E, pending, layer->down_group, gate_up, 1, threads);
+    }
+    return failed;
+}

@@ -74,6 +74,7 @@ _SIGNATURES = {
         *(_POINTER, _INTEGER, _INTEGER),  # x
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # weight, inputs, outputs, y
     ),
+    "mg_decode": (_POINTER, _POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _TYPE),
     "mg_few_bits": (
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # x, y
         *(_POINTER, _POINTER, _POINTER, _POINTER),  # codes, levels, scales, offsets
@@ -82,7 +83,9 @@ _SIGNATURES = {
 }
 
 _RESULTS = {
-    **dict.fromkeys(("mg_lowrank", "mg_attend", "mg_begin_attention", "mg_few_bits", "mg_has_tiles"), _TYPE),
+    **dict.fromkeys(
+        ("mg_lowrank", "mg_attend", "mg_begin_attention", "mg_decode", "mg_few_bits", "mg_has_tiles"), _TYPE
+    ),
     "mg_tiled_size": _INTEGER,
 }
 

@@ -94,16 +94,16 @@ class Tiled:
 
     def __init__(self, weight_OI: Tensor) -> None:
         self._outputs, self._inputs = weight_OI.shape
-        self._packed = native.tile(weight_OI)
-        self.bytes = self._packed.nbytes
+        self.packed = native.tile(weight_OI)
+        self.bytes = self.packed.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() == 2:
-            return native.multiply(x, self._packed, self._outputs)
+            return native.multiply(x, self.packed, self._outputs)
         return self(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self._outputs)
 
     def weight(self) -> Tensor:
-        return native.untile(self._packed, self._outputs, self._inputs).float()
+        return native.untile(self.packed, self._outputs, self._inputs).float()
 
 
 class Half:

@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from server.kernels import native
 from server.model.attention import AttentionPlan, in_place, read_cache, read_spans
-from server.model.grafted import GraftedLinear, GraftedNorm
+from server.model.decode import Decode, Parts, fits
+from server.model.grafted import GraftedLinear, GraftedNorm, Joint
 
 MODELS = "transformers.models."
 
@@ -136,8 +137,8 @@ class _Together:
 
 class _Attention:
     def __init__(self, module: Any, window: int | None) -> None:
-        self._module = module
-        self._window = window
+        self.module = module
+        self.window = window
         self._stock = module.forward
         self._norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
         self._read = _Together(module.q_proj, module.k_proj, module.v_proj)
@@ -160,8 +161,14 @@ class _Attention:
         made_TE = self.attend(hidden_states.reshape(-1, hidden_states.shape[-1]), position_embeddings, plan)
         return made_TE.view(hidden_states.shape), None
 
+    @property
+    def joints(self) -> tuple[Joint, Joint] | None:
+        """What it reads by and what it writes by; None where queries and keys have norms of their own."""
+        read, write = self._read.joint, self._write.joint
+        return None if read is None or write is None or self._norms[0] is not None else (read, write)
+
     def serves(self, plan: object, x: Tensor) -> TypeGuard[AttentionPlan]:
-        return isinstance(plan, AttentionPlan) and in_place(x, plan.cache, self._module.head_dim)
+        return isinstance(plan, AttentionPlan) and in_place(x, plan.cache, self.module.head_dim)
 
     def attend(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         made_TO = None if self._norms[0] is not None else self._read.side_by_side(x_TE)
@@ -173,7 +180,7 @@ class _Attention:
         return made_TE
 
     def _attend_in_steps(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        module = self._module
+        module = self.module
         shape = (x_TE.shape[0], -1, module.head_dim)
         query, key, value = (part.view(shape) for part in self._read(x_TE))
         if self._norms[0] is not None and self._norms[1] is not None:
@@ -181,7 +188,7 @@ class _Attention:
         layer, cache = int(module.layer_idx), plan.cache
         cos, sin = position_embeddings
         native.rotate_and_store(query, key, value, cos[0], sin[0], plan.rows_T, cache.keys[layer], cache.values[layer])
-        out = read_cache(query.transpose(0, 1), plan, layer, self._window, module.scaling, None, None)
+        out = read_cache(query.transpose(0, 1), plan, layer, self.window, module.scaling, None, None)
         return out.view(x_TE.shape[0], -1)
 
     def _attend_at_once(
@@ -189,7 +196,7 @@ class _Attention:
     ) -> Tensor:
         """The same from queries, keys and values side by side, which have no norms of their own."""
         assert self._read.joint is not None
-        module, cache = self._module, plan.cache
+        module, cache = self.module, plan.cache
         layer, (cos, sin) = int(module.layer_idx), position_embeddings
         out_TQ = native.begin_attention(
             made_TO,
@@ -202,13 +209,13 @@ class _Attention:
             plan.decode_blocks_BN,
             plan.decode_lengths_B,
             block_size=cache.block_size,
-            window=self._window,
+            window=self.window,
             scale=module.scaling,
         )
         plan.seen += 1
         if plan.spans:
             query_HTD = made_TO[:, : out_TQ.shape[1]].view(len(made_TO), -1, module.head_dim).transpose(0, 1)
-            for first, out_nHD in read_spans(query_HTD, plan, layer, self._window, module.scaling, None, None):
+            for first, out_nHD in read_spans(query_HTD, plan, layer, self.window, module.scaling, None, None):
                 out_TQ[first : first + len(out_nHD)] = out_nHD.flatten(1)
         return out_TQ
 
@@ -217,6 +224,11 @@ class _Mlp:
     def __init__(self, module: Any) -> None:
         self._read = _Together(module.gate_proj, module.up_proj)
         self._write = _Together(module.down_proj)
+
+    @property
+    def joints(self) -> tuple[Joint, Joint] | None:
+        read, write = self._read.joint, self._write.joint
+        return None if read is None or write is None else (read, write)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(x.reshape(-1, x.shape[-1])).view(x.shape)
@@ -241,6 +253,7 @@ class _Layer:
             for hooks in (sublayer._forward_pre_hooks, sublayer._forward_hooks)
         ]
         self._own_hooks = (module._forward_pre_hooks, module._forward_hooks)
+        self._always = sum(map(len, self._own_hooks))  # what tells routes where they are
         self._before, self._behind = module.input_layernorm, module.post_attention_layernorm
         self._attention = attention
         self._mlp = mlp
@@ -254,11 +267,26 @@ class _Layer:
         return self.compute(None, stream_TE, rotation, plan).add_(stream_TE).view(hidden_states.shape)
 
     def is_looked_into(self) -> bool:
-        return any(self._hooks) or any(self._own_hooks)
+        return any(self._hooks) or sum(map(len, self._own_hooks)) > self._always
 
     def serves(self, plan: object, like: Tensor) -> TypeGuard[AttentionPlan]:
         """Whether it can work in the cache of that plan with activations like these."""
         return self._attention.serves(plan, like)
+
+    def parts(self) -> Parts | None:
+        """None where its attention or its MLP has more to it."""
+        attention, mlp = self._attention, self._mlp
+        joints = attention.joints, mlp.joints
+        if joints[0] is None or joints[1] is None:
+            return None
+        module = attention.module
+        return Parts(
+            *(self._before, self._behind, *joints[0], *joints[1]),
+            number=int(module.layer_idx),
+            window=attention.window,
+            dim=module.head_dim,
+            scale=module.scaling,
+        )
 
     def compute(
         self, pending_TE: Tensor | None, stream_TE: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan
@@ -270,12 +298,18 @@ class _Layer:
 
 
 class _Decoder:
-    """Every layer, each sum one pass with the norm behind it. Where a hook looks into a layer, the stock decoder."""
+    """Every layer, each sum one pass with the norm behind it. Where a hook looks into a layer, the stock decoder.
+
+    The cache's layers all have one shape there.
+    """
 
     def __init__(self, module: Any, layers: Sequence[_Layer]) -> None:
         self._module = module
         self._stock = module.forward
         self._layers = layers
+        parts = [layer.parts() for layer in layers]
+        known = [part for part in parts if part is not None]
+        self._decode = Decode(known, module.norm.active) if len(known) == len(parts) and fits(known) else None
 
     def forward(
         self,
@@ -289,6 +323,7 @@ class _Decoder:
         like = self._module.embed_tokens.weight if inputs_embeds is None else inputs_embeds
         if (
             position_ids is None
+            or self._module.norm.active.routes is not None
             or not self._layers[0].serves(plan, like)
             or any(layer.is_looked_into() for layer in self._layers)
         ):
@@ -297,8 +332,11 @@ class _Decoder:
         x = self._module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.clone()
         rotation = self._module.rotary_emb(x, position_ids)
         stream_TE, pending_TE = x[0], None
-        for layer in self._layers:
-            pending_TE = layer.compute(pending_TE, stream_TE, rotation, plan)
+        if self._decode is not None and self._decode.serves(plan):
+            pending_TE = self._decode.compute(stream_TE, rotation, plan)
+        else:
+            for layer in self._layers:
+                pending_TE = layer.compute(pending_TE, stream_TE, rotation, plan)
         x_TE = _norm_of_sum(self._module.norm, pending_TE, stream_TE)
         return BaseModelOutputWithPast(last_hidden_state=x_TE[None])
 

@@ -78,7 +78,7 @@ class Joint:
         """`group` is the joint's number among the groups of `active.gathered`."""
         self.members = members
         self.product = product
-        self._group = group
+        self.group = group
         self._active = active
         self._gates_of = gates_of
         self.bias = _one_bias(members)  # of all members side by side, None where none has any
@@ -124,9 +124,9 @@ class Joint:
             return None
         y_TO = self.product(x_TI)
         gates = self._gates_of(active)
-        if gates is not None and active.gathered is not None and active.gathered.acts(self._group):
+        if gates is not None and active.gathered is not None and active.gathered.acts(self.group):
             _check_count(self.members[0].name, x_TI.shape[0], gates)
-            active.gathered.add_side_by_side(self._group, x_TI, y_TO, self._firsts, gates.runs)
+            active.gathered.add_side_by_side(self.group, x_TI, y_TO, self._firsts, gates.runs)
         return y_TO
 
     def _add_adapters(self, x_TI: Tensor, outputs: list[Tensor], gates: Gates) -> bool:
@@ -140,9 +140,9 @@ class Joint:
                 y_TO = after_product(y_TO, x_TI, gates, operand)
                 whole = whole and y_TO is outputs[place]
                 outputs[place] = y_TO
-        if active.gathered is not None and active.gathered.acts(self._group):
+        if active.gathered is not None and active.gathered.acts(self.group):
             _check_count(self.members[0].name, x_TI.shape[0], gates)
-            active.gathered.add(self._group, x_TI, outputs, gates.runs)
+            active.gathered.add(self.group, x_TI, outputs, gates.runs)
         return whole
 
     def _transform(self, y_TO: Tensor, x_TI: Tensor, member: Member, gates: Gates, operand: SiteOperand) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.kernels import native
 from server.kernels.gathered import Gathered, Row, Runs, Term, tabulate
-from server.kernels.products import Half, Ordered, Plain, fastest
+from server.kernels.products import Half, Ordered, Plain, Tiled, fastest
 from server.model.attention import AttentionPlan, decode_gathered, decode_in_place
 from server.model.kv import KvCache
 from server.primitives.lowrank import LowRank, apply_loop
@@ -331,3 +331,32 @@ def test_keys_are_rotated_on_their_way_to_the_cache(
     others = torch.ones(rows, dtype=torch.bool)
     others[places] = False
     assert (keys[:, others] == 7).all() and (values[:, others] == 7).all()
+
+
+@built
+@given(
+    seed=st.integers(0, 2**16),
+    tokens=st.integers(1, 70),
+    outputs=st.integers(1, 150),
+    deep=st.integers(1, 5),
+    wide=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_product_in_tiles_is_the_plain_one_and_every_token_is_for_itself(
+    seed: int, tokens: int, outputs: int, deep: int, wide: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = native.DEEP * deep
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    x = torch.randn(tokens, inputs + 8 * wide, generator=generator).bfloat16()[:, :inputs]
+    tiled = Tiled(weight)
+    made = tiled(x)
+    plain = x.double() @ weight.double().t()
+    assert ((made.double() - plain).abs() <= 2**-8 * plain.abs() + 1e-5 * inputs).all()
+    assert torch.equal(tiled.weight(), weight.float())
+    alone = torch.cat([tiled(x[t : t + 1]) for t in range(tokens)])
+    assert torch.equal(made, alone), "company changes an answer"
+    x = x.clone()
+    x[0, 0] = float("nan")
+    assert torch.equal(tiled(x)[1:], made[1:])
+    assert tiled(x)[0].isnan().all()

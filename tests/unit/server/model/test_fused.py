@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from server.config import ModelConfig
 from server.kernels import native
+from server.kernels.gathered import Gathered, Row, Term, tabulate
 from server.model import fused
 from server.model.attention import AttentionPlan
+from server.model.decode import Decode
 from server.model.load import load_network
 from server.model.network import Batch, Network, span_plan
+from server.primitives.gates import gates_from_rows
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -30,6 +34,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen3": {},
 }
 PROMPT, BLOCK = 20, 8
+Run = tuple[int, list[tuple[int, float]]]  # tokens, and the columns and weights that they carry
 CLOSE = 1e-4  # fp32; sums in another order
 BF16_CLOSE = 6e-2  # of the largest logit, as at load
 
@@ -104,3 +109,69 @@ def test_a_base_whose_native_modules_fail_the_proof_is_served_by_its_own(
     ids = torch.arange(PROMPT)
     with torch.inference_mode():
         assert (run(network, ids) - stock(ids[None]).logits[0]).abs().max() < CLOSE
+
+
+TILED: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}  # of whole tiles
+
+
+def decoding(network: Network, lengths: Sequence[int], runs: Sequence[Run] = (), rows: Sequence[Row] = ()) -> Tensor:
+    """Logits of one token of each sequence, over a cache of anything; `runs` of adapters whose terms are `rows`."""
+    generator = torch.Generator().manual_seed(7)
+    cache = network.new_cache(16, BLOCK)
+    for store in (*cache.keys, *cache.values):
+        store.copy_(torch.randn(store.shape, generator=generator))
+    blocks = torch.randperm(16, generator=generator).view(len(lengths), -1)
+    places = [blocks[n, (length - 1) // BLOCK] * BLOCK + (length - 1) % BLOCK for n, length in enumerate(lengths)]
+    plan = AttentionPlan(cache, torch.tensor(places), torch.tensor(lengths), blocks, [])
+    ids = torch.randint(0, 64, (len(lengths),), generator=generator)
+    gates = gates_from_rows(runs, len(rows), cache.keys[0]) if rows else None
+    every = torch.arange(len(lengths))
+    batch = Batch(ids, torch.tensor(lengths) - 1, plan, every, gates, {}, Gathered(rows) if rows else None, gates)
+    logits = network.forward(batch)
+    assert plan.seen == len(network.facts.layers)
+    return torch.cat([logits.flatten(), *(store.flatten().float() for store in (*cache.keys, *cache.values))])
+
+
+def adapter_row(network: Network, seed: int) -> Row:
+    """Low-rank terms at every Linear but some."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = []
+    for number, group in enumerate(network.facts.groups):
+        terms = []
+        for member, name in enumerate(group):
+            shape = network.facts.sites[name]
+            if (number + member + seed) % 5:
+                down = torch.randn(4, shape.in_features, generator=generator).bfloat16()
+                up = torch.randn(4, shape.out_features, generator=generator).bfloat16()
+                terms.append(Term(down, up, 0.1, member))
+        groups.append(terms)
+    return tabulate(groups)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
+def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, and what stands in the cache afterwards."""
+    options = {**KNOWN[architecture], **TILED, "attention_bias": False}
+    saved(architecture, tmp_path, **options)
+    monkeypatch.setattr(native, "has_tiles", lambda: True)  # elsewhere by their plain loop
+    network = load_network(ModelConfig("tiny", dtype="bfloat16"), tmp_path, name="tiny")
+    rows = [adapter_row(network, 1), adapter_row(network, 2)]
+    lengths = [9, 1, 17, 30]
+    runs: Sequence[Run] = [(1, [(0, 0.5)]), (1, []), (2, [(0, 1.0), (1, -2.0)])]
+    calls = []
+    compute = Decode.compute
+
+    def counted(self: Decode, *given: Any) -> Tensor:
+        calls.append(1)
+        return compute(self, *given)
+
+    monkeypatch.setattr(Decode, "compute", counted)
+    at_once = [decoding(network, lengths), decoding(network, lengths, runs, rows)]
+    assert len(calls) == 2
+    monkeypatch.setattr(Decode, "serves", lambda self, plan: False)
+    assert torch.equal(at_once[0], decoding(network, lengths))
+    assert torch.equal(at_once[1], decoding(network, lengths, runs, rows))
+    assert len(calls) == 2
+    assert not torch.equal(at_once[0], at_once[1])

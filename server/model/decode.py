@@ -1,0 +1,156 @@
+"""All layers of a step in which every sequence gains one token, as one native call.
+
+So a step costs its products and its attention, and no interpreter between them. It is for decoders that are native
+altogether (`server.model.fused`), whose products are in tiles, and for adapters with low-rank terms alone; everything
+else goes through the layers one by one, which are its plain loop.
+
+T tokens, E features, H query heads, K KV heads, D head dimension, F inner features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.kernels import native
+from server.kernels.products import Tiled
+from server.model.attention import AttentionPlan
+from server.model.grafted import GraftedNorm, Joint
+from server.model.kv import KvCache
+from server.model.norms import NativeNorm
+from server.primitives.site import Active
+
+# As layer_t and decode_t in native.c.
+_POINTERS = ("before", "behind", "qkv", "o", "gate_up", "down", "bias", "keys", "values")
+LAYER = np.dtype(
+    [
+        *((name, "u8") for name in _POINTERS),
+        *((name, "i8") for name in ("window", "qkv_group", "o_group", "gate_up_group", "down_group")),
+        *((name, "f4") for name in ("before_eps", "behind_eps", "before_offset", "behind_offset")),
+    ]
+)
+STEP = np.dtype(
+    [
+        *((name, "i8") for name in ("tokens", "features", "heads", "kv_heads", "dim", "inner")),
+        *((name, "u8") for name in ("cos", "sin")),
+        ("rotated", "i8"),
+        *((name, "u8") for name in ("places", "blocks", "lengths")),
+        *((name, "i8") for name in ("rows", "width", "block_size")),
+        ("runs", "u8"),
+        ("run_count", "i8"),
+        *((name, "u8") for name in ("pairs", "held")),
+        *((name, "i8") for name in ("groups", "columns")),
+        ("scale", "f4"),
+        ("unused", "i4"),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A layer of a decoder. `number`: its layer of the KV cache."""
+
+    before: GraftedNorm
+    behind: GraftedNorm
+    qkv: Joint
+    o: Joint
+    gate_up: Joint
+    down: Joint
+    number: int
+    window: int | None
+    dim: int
+    scale: float
+
+
+class Decode:
+    def __init__(self, layers: Sequence[Parts], active: Active) -> None:
+        """Only for layers that it `fits`."""
+        first = layers[0]
+        self._layers = layers
+        self._active = active
+        self._table = np.zeros(len(layers), LAYER)
+        for row, layer in zip(self._table, layers, strict=True):
+            for name in ("qkv", "o", "gate_up", "down"):
+                joint: Joint = getattr(layer, name)
+                assert isinstance(joint.product, Tiled)
+                row[name], row[f"{name}_group"] = joint.product.packed.data_ptr(), joint.group
+            for name in ("before", "behind"):
+                norm = getattr(layer, name).fast
+                row[name], row[f"{name}_eps"], row[f"{name}_offset"] = norm.weight_F.data_ptr(), norm.eps, norm.offset
+            row["bias"] = 0 if layer.qkv.bias is None else layer.qkv.bias.data_ptr()
+            row["window"] = layer.window or 0
+        self._step = np.zeros(1, STEP)
+        self._step["dim"], self._step["scale"] = first.dim, first.scale
+        self._features = first.o.members[0].end
+        self._heads = first.qkv.members[0].end // first.dim
+        self._inner = first.gate_up.members[0].end
+        self._cache: KvCache | None = None
+
+    def serves(self, plan: AttentionPlan) -> bool:
+        """Whether every token of the step is the newest of its sequence, and its adapters are low-rank terms alone."""
+        return not plan.spans and not self._active.operands and self._active.routes is None
+
+    def compute(self, stream_TE: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+        """What the last MLP adds to the stream, which has all else by then. bf16. Raises: MemoryError."""
+        assert native.LIBRARY is not None and plan.decode_blocks_BN is not None and plan.decode_lengths_B is not None
+        assert stream_TE.is_contiguous() and stream_TE.dtype == torch.bfloat16
+        tokens, features = stream_TE.shape
+        cos_TR, sin_TR = rotation[0][0], rotation[1][0]
+        self._note_cache(plan.cache)
+        kv_heads, rows, dim = plan.cache.keys[self._layers[0].number].shape
+        held, runs = (0, 0, 0), (0, 0, 0)
+        if self._active.gathered is not None and self._active.gates is not None:
+            held, runs = self._active.gathered.places, self._active.gates.runs.places
+        self._step[0] = (
+            *(tokens, features, self._heads, kv_heads, dim, self._inner),
+            *(cos_TR.data_ptr(), sin_TR.data_ptr(), cos_TR.shape[1]),
+            *(plan.rows_T.data_ptr(), plan.decode_blocks_BN.data_ptr(), plan.decode_lengths_B.data_ptr()),
+            *(rows, plan.decode_blocks_BN.shape[1], plan.cache.block_size),
+            *(*runs, *held, self._layers[0].scale, 0),
+        )
+        attended = (2 * self._heads + 2 * kv_heads) * dim
+        work = torch.empty(tokens * (features + attended + 3 * self._inner), dtype=torch.bfloat16)
+        pending_TE = torch.empty_like(stream_TE)
+        failed = native.LIBRARY.mg_decode(
+            self._step.ctypes.data,
+            self._table.ctypes.data,
+            len(self._layers),
+            stream_TE.data_ptr(),
+            pending_TE.data_ptr(),
+            work.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a step of {tokens} tokens")
+        plan.seen += len(self._layers)
+        return pending_TE
+
+    def _note_cache(self, cache: KvCache) -> None:
+        if cache is not self._cache:
+            self._table["keys"] = [cache.keys[layer.number].data_ptr() for layer in self._layers]
+            self._table["values"] = [cache.values[layer.number].data_ptr() for layer in self._layers]
+            self._cache = cache
+
+
+def fits(layers: Sequence[Parts]) -> bool:
+    """Whether these layers are of one shape, their products in tiles, and without biases but for the first."""
+    shapes = {
+        (*(joint.members[-1].end for joint in _joints(layer)), layer.qkv.members[0].end, layer.dim, layer.scale)
+        for layer in layers
+    }
+    return len(shapes) == 1 and all(
+        all(isinstance(joint.product, Tiled) for joint in _joints(layer))
+        and layer.o.bias is None
+        and layer.gate_up.bias is None
+        and layer.down.bias is None
+        and all(isinstance(norm.fast, NativeNorm) for norm in (layer.before, layer.behind))
+        for layer in layers
+    )
+
+
+def _joints(layer: Parts) -> tuple[Joint, Joint, Joint, Joint]:
+    return layer.qkv, layer.o, layer.gate_up, layer.down
