@@ -732,12 +732,12 @@ typedef struct {
     float before_eps, behind_eps, before_offset, behind_offset;
 } layer_t;
 
-/* What all layers of a step share: T tokens, each the newest of its sequence. */
+/* What all layers of a step share: T tokens, each with the positions that it sees, its own the last of them. */
 typedef struct {
     int64_t tokens, features, heads, kv_heads, dim, inner; /* features of the stream; inner ones of an MLP */
     const void *cos, *sin;
     int64_t rotated;
-    const int64_t *places, *blocks, *lengths;
+    const int64_t *places, *blocks, *lengths; /* of the tokens */
     int64_t rows, width, block_size; /* rows: of the cache */
     const run_t *runs;               /* of the low-rank terms; no runs: no adapters */
     int64_t run_count;

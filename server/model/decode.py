@@ -1,8 +1,9 @@
-"""All layers of a step in which every sequence gains one token, as one native call.
+"""All layers of a step as one native call: of decodes, and of prompts that are short.
 
 So a step costs its products and its attention, and no interpreter between them. It is for decoders that are native
 altogether (`server.model.fused`), whose products are in tiles, and for adapters with low-rank terms alone; everything
-else goes through the layers one by one, which are its plain loop.
+else goes through the layers one by one, which are its plain loop. Every token of a prompt is attended as if it were
+decoded; where there are many, or they see much, torch's attention is faster.
 
 T tokens, E features, H query heads, K KV heads, D head dimension, F inner features.
 """
@@ -49,6 +50,8 @@ STEP = np.dtype(
     ]
 )
 
+MOST_SEEN = 1 << 15  # positions that all tokens of a step's prompts see
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -91,15 +94,17 @@ class Decode:
         self._cache: KvCache | None = None
 
     def serves(self, plan: AttentionPlan) -> bool:
-        """Whether every token of the step is the newest of its sequence, and its adapters are low-rank terms alone."""
-        return not plan.spans and not self._active.operands and self._active.routes is None
+        """Whether the step's prompts see little, and its adapters are low-rank terms alone."""
+        seen = sum(span.count * span.length for span in plan.spans)
+        return seen <= MOST_SEEN and not self._active.operands and self._active.routes is None
 
     def compute(self, stream_TE: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         """What the last MLP adds to the stream, which has all else by then. bf16. Raises: MemoryError."""
-        assert native.LIBRARY is not None and plan.decode_blocks_BN is not None and plan.decode_lengths_B is not None
+        assert native.LIBRARY is not None
         assert stream_TE.is_contiguous() and stream_TE.dtype == torch.bfloat16
         tokens, features = stream_TE.shape
         cos_TR, sin_TR = rotation[0][0], rotation[1][0]
+        lengths_T, blocks_TN = _as_decodes(plan)
         self._note_cache(plan.cache)
         kv_heads, rows, dim = plan.cache.keys[self._layers[0].number].shape
         held, runs = (0, 0, 0), (0, 0, 0)
@@ -108,8 +113,8 @@ class Decode:
         self._step[0] = (
             *(tokens, features, self._heads, kv_heads, dim, self._inner),
             *(cos_TR.data_ptr(), sin_TR.data_ptr(), cos_TR.shape[1]),
-            *(plan.rows_T.data_ptr(), plan.decode_blocks_BN.data_ptr(), plan.decode_lengths_B.data_ptr()),
-            *(rows, plan.decode_blocks_BN.shape[1], plan.cache.block_size),
+            *(plan.rows_T.data_ptr(), blocks_TN.data_ptr(), lengths_T.data_ptr()),
+            *(rows, blocks_TN.shape[1], plan.cache.block_size),
             *(*runs, *held, self._layers[0].scale, 0),
         )
         attended = (2 * self._heads + 2 * kv_heads) * dim
@@ -134,6 +139,25 @@ class Decode:
             self._table["keys"] = [cache.keys[layer.number].data_ptr() for layer in self._layers]
             self._table["values"] = [cache.values[layer.number].data_ptr() for layer in self._layers]
             self._cache = cache
+
+
+def _as_decodes(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    """Of every token how many positions it sees, and (T, N) the blocks that have them; behind those any."""
+    lengths, blocks = list[Tensor](), list[Tensor]()
+    if plan.decode_lengths_B is not None and plan.decode_blocks_BN is not None:
+        lengths.append(plan.decode_lengths_B)
+        blocks.append(plan.decode_blocks_BN)
+    for span in plan.spans:
+        lengths.append(torch.arange(span.length - span.count, span.length) + 1)
+        blocks.append(span.blocks_1N.expand(span.count, -1))
+    if len(blocks) == 1:
+        return lengths[0], blocks[0].contiguous()
+    table_TN = torch.zeros(sum(map(len, blocks)), max(block.shape[1] for block in blocks), dtype=torch.long)
+    first = 0
+    for block in blocks:
+        table_TN[first : first + len(block), : block.shape[1]] = block
+        first += len(block)
+    return torch.cat(lengths), table_TN
 
 
 def fits(layers: Sequence[Parts]) -> bool:
