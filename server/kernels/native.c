@@ -532,203 +532,23 @@ int mg_few_bits(const void *x, int64_t x_row, int64_t tokens, void *y, int type,
     return 0;
 }
 
-/* y = W x in bf16 on a matrix unit (AMX), for any number of tokens. A token's sums run over its own inputs in one order,
-   whatever the others are.
+#include "native_tiles.h"
 
-   A weight (outputs, inputs) is held in tiles of TILE outputs and DEEP inputs, of which neighbouring inputs stand
-   together, as the unit takes them; SIDE_BY_SIDE tiles of outputs with the same inputs lie side by side, and behind them those
-   with the next inputs, so that the weight is read from its first byte to its last. Inputs are a multiple of DEEP;
-   outputs are filled up with zeros. */
-#define TILE 16
-#define DEEP 32
-#define SIDE_BY_SIDE 4
-#define BLOCK (TILE * SIDE_BY_SIDE) /* outputs */
-
-static int64_t blocks_of(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
-
-/* Numbers of the packed weight. */
-int64_t mg_tiled_size(int64_t outputs, int64_t inputs) { return blocks_of(outputs) * BLOCK * inputs; }
-
-/* weight[o][i] to its place among the tiles. */
-static int64_t tiled(int64_t o, int64_t i, int64_t inputs) {
-    const int64_t tile = (o / BLOCK * (inputs / DEEP) + i / DEEP) * SIDE_BY_SIDE + o % BLOCK / TILE;
-    return tile * TILE * DEEP + i % DEEP / 2 * 2 * TILE + o % TILE * 2 + i % 2;
-}
-
-void mg_tile(const uint16_t *weight, int64_t outputs, int64_t inputs, uint16_t *into, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t o = 0; o < blocks_of(outputs) * BLOCK; o++)
-        for (int64_t i = 0; i < inputs; i++) into[tiled(o, i, inputs)] = o < outputs ? weight[o * inputs + i] : 0;
-}
-
-/* mg_tile undone. */
-void mg_untile(const uint16_t *from, int64_t outputs, int64_t inputs, uint16_t *weight) {
-    for (int64_t o = 0; o < outputs; o++)
-        for (int64_t i = 0; i < inputs; i++) weight[o * inputs + i] = from[tiled(o, i, inputs)];
-}
-
-#if defined(X86) && defined(__linux__) && defined(__has_include) && __has_include(<amxbf16intrin.h>)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define ON_TILES __attribute__((target("arch=x86-64-v4,amx-tile,amx-bf16")))
-#define ASK_FOR_STATE 0x1023 /* ARCH_REQ_XCOMP_PERM */
-#define TILE_DATA 18
-#define LINE 64 /* bytes of a cache's line */
-#define AHEAD 2 /* steps of DEEP inputs that the weight is asked for before it is used */
-
-/* Whether this processor has the unit, and the system lets this process use it. */
-int mg_has_tiles(void) {
-    unsigned a, b, c, d;
-    __asm__("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(7), "c"(0));
-    const unsigned both = 1u << 22 | 1u << 24;
-    return (d & both) == both && __builtin_cpu_supports("x86-64-v4") && !syscall(SYS_arch_prctl, ASK_FOR_STATE, TILE_DATA);
-}
-
-/* Sums are tiles 0 to 3; x and the weight have the rest, x's with so many rows. */
-ON_TILES static void set_tiles(int64_t rows) {
-    struct {
-        uint8_t palette, start, unused[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } __attribute__((aligned(64))) config = {.palette = 1};
-    for (int n = 0; n < 8; n++) config.bytes[n] = 64, config.rows[n] = TILE;
-    if (rows < TILE) /* one tile of x, in 4 */
-        for (int n = 0; n < 5; n++) config.rows[n] = rows;
-    _tile_loadconfig(&config);
-}
-
-ON_TILES static void clear_sums(void) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-ON_TILES static void store_sums(float *sums) {
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + TILE * TILE, 64);
-    _tile_stored(2, sums + 2 * TILE * TILE, 64);
-    _tile_stored(3, sums + 3 * TILE * TILE, 64);
-}
-
-ON_TILES static void round_tile(const float *sums, int64_t rows, int64_t count, uint16_t *y, int64_t y_row) {
-    for (int64_t t = 0; t < rows; t++) {
-        uint16_t row[TILE];
-        store_bf16_v4(row, load_fp32_v4(sums + t * TILE));
-        memcpy(y + t * y_row, row, count * 2);
-    }
-}
-
-/* At most TILE tokens with a block of outputs: the weight comes from memory and is asked for ahead. */
-ON_TILES static void multiply_few(const uint16_t *x, int64_t x_row, int64_t rows, const uint16_t *w, int64_t inputs, float *sums) {
-    clear_sums();
-    for (int64_t i = 0; i < inputs; i += DEEP, w += SIDE_BY_SIDE * TILE * DEEP) {
-        for (int n = 0; n < SIDE_BY_SIDE * TILE * DEEP; n += 32)
-            _mm_prefetch((const char *)(w + AHEAD * SIDE_BY_SIDE * TILE * DEEP + n), _MM_HINT_T0);
-        _tile_loadd(4, x + i, x_row * 2);
-        _tile_loadd(5, w, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, w + TILE * DEEP, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(7, w + 2 * TILE * DEEP, 64);
-        _tile_dpbf16ps(2, 4, 7);
-        _tile_loadd(5, w + 3 * TILE * DEEP, 64);
-        _tile_dpbf16ps(3, 4, 5);
-    }
-    store_sums(sums);
-}
-
-/* 2 * TILE tokens with two tiles of outputs: sums[2 * x + w]. Meanwhile so many lines a step are asked for from `next` on. */
-ON_TILES static void multiply_many(const uint16_t *x, int64_t x_row, const uint16_t *w, int64_t inputs, float *sums,
-                                   const char *next, int64_t lines) {
-    clear_sums();
-    for (int64_t i = 0; i < inputs; i += DEEP, w += SIDE_BY_SIDE * TILE * DEEP) {
-        for (int64_t n = 0; n < lines; n++, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
-        _tile_loadd(4, x + i, x_row * 2);
-        _tile_loadd(6, w, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + TILE * DEEP, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, x + TILE * x_row + i, x_row * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    store_sums(sums);
-}
-
-ON_TILES static void multiply_block(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *w, int64_t inputs,
-                                    int64_t outputs, uint16_t *y, int64_t y_row) {
-    float sums[4 * TILE * TILE] __attribute__((aligned(64)));
-    int64_t t = 0;
-    if (tokens >= 2 * TILE) {
-        const int64_t calls = tokens / (2 * TILE) * ((outputs + 2 * TILE - 1) / (2 * TILE)), steps = inputs / DEEP;
-        const int64_t lines = (BLOCK * inputs * 2 / LINE + calls * steps - 1) / (calls * steps);
-        const char *next = (const char *)(w + BLOCK * inputs);
-        set_tiles(TILE);
-        for (; t + 2 * TILE <= tokens; t += 2 * TILE)
-            for (int64_t o = 0; o < outputs; o += 2 * TILE) {
-                multiply_many(x + t * x_row, x_row, w + o * DEEP, inputs, sums, next, lines);
-                next += lines * steps * LINE;
-                for (int n = 0; n < 4; n++)
-                    if (o + n % 2 * TILE < outputs)
-                        round_tile(sums + n * 256, TILE, at_most(TILE, outputs - o - n % 2 * TILE),
-                                   y + (t + n / 2 * TILE) * y_row + o + n % 2 * TILE, y_row);
-            }
-    }
-    for (; t < tokens; t += TILE) {
-        const int64_t rows = at_most(TILE, tokens - t);
-        set_tiles(rows);
-        multiply_few(x + t * x_row, x_row, rows, w, inputs, sums);
-        for (int64_t o = 0; o < outputs; o += TILE)
-            round_tile(sums + o * TILE, rows, at_most(TILE, outputs - o), y + t * y_row + o, y_row);
-    }
-}
-
-ON_TILES static void multiply_tiles(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs,
-                                    int64_t outputs, uint16_t *y, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < blocks_of(outputs); n++)
-            multiply_block(x, x_row, tokens, weight + n * BLOCK * inputs, inputs, at_most(BLOCK, outputs - n * BLOCK),
-                           y + n * BLOCK, outputs);
-        _tile_release();
-    }
-}
-#else
-int mg_has_tiles(void) { return 0; }
-
-static void multiply_tiles(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs,
-                           int64_t outputs, uint16_t *y, int threads) {}
-#endif
-
-/* x: (tokens, inputs), rows x_row apart; y: (tokens, outputs), side by side. Without the unit a plain loop. */
-void mg_multiply(const uint16_t *x, int64_t x_row, int64_t tokens, const uint16_t *weight, int64_t inputs, int64_t outputs,
-                 uint16_t *y, int threads) {
-    static int has_tiles = -1;
-    if (has_tiles < 0) has_tiles = mg_has_tiles();
-    if (has_tiles) {
-        multiply_tiles(x, x_row, tokens, weight, inputs, outputs, y, threads);
-        return;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t o = 0; o < outputs; o++)
-        for (int64_t t = 0; t < tokens; t++) {
-            float total = 0;
-            for (int64_t i = 0; i < inputs; i++)
-                total += widen(x, t * x_row + i, BF16) * widen(weight, tiled(o, i, inputs), BF16);
-            y[t * outputs + o] = narrow(total);
-        }
-}
-
-/* One layer of a decoder: norms, products in tiles, and its part of the KV cache. See server/model/decode.py. */
+/* A product in tiles, of one or more Linears. */
 typedef struct {
+    const void *weight;
+    const float *scales; /* NULL: in bf16 */
+    const int32_t *sums;
+    int64_t group; /* among those of the low-rank terms */
+} weight_t;
+
+/* One layer of a decoder: norms, products, and its part of the KV cache. See server/model/decode.py. */
+typedef struct {
+    weight_t qkv, o, gate_up, down;
     const void *before, *behind; /* weights of its norms */
-    const uint16_t *qkv, *o, *gate_up, *down;
-    const void *bias; /* of qkv, or NULL */
+    const void *bias;            /* of qkv, or NULL */
     void *keys, *values;
     int64_t window; /* 0 for none */
-    int64_t qkv_group, o_group, gate_up_group, down_group; /* among those of the low-rank terms */
     float before_eps, behind_eps, before_offset, behind_offset;
 } layer_t;
 
@@ -744,48 +564,58 @@ typedef struct {
     const pair_t *pairs;
     const terms_t *held; /* (groups, columns) */
     int64_t groups, columns;
-    float scale;
-    int32_t unused;
+    float scale, least; /* of the attention's scores; of the scale of a token in bytes */
 } decode_t;
 
-/* y = W x and the low-rank terms of its members, which are columns of y from firsts[m] on. */
-static int multiply_with_terms(const decode_t *step, const uint16_t *x, int64_t inputs, const uint16_t *weight, int64_t outputs,
-                               uint16_t *y, int64_t group, const int64_t *firsts, int64_t members, int threads) {
+/* y = W x and the low-rank terms of its members, which are columns of y from firsts[m] on. spare: room for a scale and
+   `inputs` bytes for each token. */
+static int multiply_with_terms(const decode_t *step, const uint16_t *x, int64_t inputs, const weight_t *weight, int64_t outputs,
+                               uint16_t *y, const int64_t *firsts, int64_t members, void *spare, int threads) {
     void *places[MEMBERS];
     int64_t rows[MEMBERS];
-    mg_multiply(x, inputs, step->tokens, weight, inputs, outputs, y, threads);
-    if (!step->run_count || group >= step->groups) return 0;
+    const int64_t tokens = step->tokens;
+    if (weight->scales) {
+        float *const x_scales = spare;
+        uint8_t *const codes = (uint8_t *)(x_scales + tokens);
+        mg_round(x, inputs, tokens, inputs, codes, x_scales, step->least, BF16, threads);
+        mg_multiply_bytes(codes, x_scales, tokens, weight->weight, weight->scales, weight->sums, inputs, outputs, y, BF16,
+                          threads);
+    } else {
+        mg_multiply(x, inputs, tokens, weight->weight, inputs, outputs, y, threads);
+    }
+    if (!step->run_count || weight->group >= step->groups) return 0;
     for (int64_t m = 0; m < members; m++) places[m] = y + firsts[m], rows[m] = outputs;
-    return mg_lowrank(x, inputs, step->tokens, inputs, BF16, places, rows, members, step->runs, step->run_count, step->pairs,
-                      step->held + group * step->columns, threads);
+    return mg_lowrank(x, inputs, tokens, inputs, BF16, places, rows, members, step->runs, step->run_count, step->pairs,
+                      step->held + weight->group * step->columns, threads);
 }
 
 /* Layers one after the other, in bf16, as server/model/fused.py has them: an attention of a norm, then an MLP of a norm are
    added to the stream (tokens, features). What the last MLP makes is left in `pending` (tokens, features), not yet added.
-   work: room for tokens * (features + (heads + 2 * kv_heads) * dim + heads * dim + 3 * inner) numbers.
+   work: room for tokens * (features + (heads + 2 * kv_heads) * dim + heads * dim + 3 * inner) numbers of bf16, and behind
+   them for a float and as many bytes as any of these products has inputs, for each token.
    Returns 0, or -1 when there is no memory. */
 int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, uint16_t *stream, uint16_t *pending, uint16_t *work,
               int threads) {
     const int64_t T = step->tokens, E = step->features, F = step->inner, Q = step->heads * step->dim;
     const int64_t K = step->kv_heads * step->dim, qkv[] = {0, Q, Q + K}, gate_up[] = {0, F};
     uint16_t *const x = work, *const made = x + T * E, *const seen = made + T * (Q + 2 * K), *const both = seen + T * Q;
-    uint16_t *const inner = both + T * 2 * F;
+    uint16_t *const inner = both + T * 2 * F, *const spare = inner + T * F;
     int failed = 0;
     for (const layer_t *layer = layers; layer < layers + count; layer++) {
         if (layer == layers)
             mg_norm(stream, E, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
         else
             mg_add_and_norm(pending, stream, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
-        failed |= multiply_with_terms(step, x, E, layer->qkv, Q + 2 * K, made, layer->qkv_group, qkv, 3, threads);
+        failed |= multiply_with_terms(step, x, E, &layer->qkv, Q + 2 * K, made, qkv, 3, spare, threads);
         failed |= mg_begin_attention(made, layer->bias, T, step->heads, step->kv_heads, step->dim, step->cos, step->sin,
                                      step->rotated, step->places, layer->keys, layer->values, step->rows, BF16, T,
                                      step->blocks, step->width, step->lengths, step->block_size, layer->window, step->scale,
                                      seen, threads);
-        failed |= multiply_with_terms(step, seen, Q, layer->o, E, pending, layer->o_group, qkv, 1, threads);
+        failed |= multiply_with_terms(step, seen, Q, &layer->o, E, pending, qkv, 1, spare, threads);
         mg_add_and_norm(pending, stream, T, E, layer->behind, layer->behind_offset, layer->behind_eps, x, BF16, threads);
-        failed |= multiply_with_terms(step, x, E, layer->gate_up, 2 * F, both, layer->gate_up_group, gate_up, 2, threads);
+        failed |= multiply_with_terms(step, x, E, &layer->gate_up, 2 * F, both, gate_up, 2, spare, threads);
         mg_swiglu(both, 2 * F, both + F, 2 * F, T, F, inner, BF16, threads);
-        failed |= multiply_with_terms(step, inner, F, layer->down, E, pending, layer->down_group, gate_up, 1, threads);
+        failed |= multiply_with_terms(step, inner, F, &layer->down, E, pending, gate_up, 1, spare, threads);
     }
     return failed;
 }

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = frozenset({torch.float32, torch.bfloat16})  # of what goes through the network
 LANES = 16
-TILE, DEEP = 16, 32  # rows and inputs of a matrix unit's tile of bf16
+TILE, DEEP = 16, 64  # rows of a matrix unit's tile, and bytes of each
 MEMBERS = 8  # Linears that read the same input, at most
 
 _INTEGER, _POINTER, _FLOAT, _TYPE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
@@ -68,8 +68,13 @@ _SIGNATURES = {
     ),
     "mg_has_tiles": (),
     "mg_tiled_size": (_INTEGER, _INTEGER),
-    "mg_tile": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),
-    "mg_untile": (_POINTER, _INTEGER, _INTEGER, _POINTER),
+    "mg_tile": (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _TYPE),
+    "mg_untile": (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER),
+    "mg_multiply_bytes": (
+        *(_POINTER, _POINTER, _INTEGER),  # codes, their scales
+        *(_POINTER, _POINTER, _POINTER, _INTEGER, _INTEGER),  # weight, scales, sums, inputs, outputs
+        *(_POINTER, _TYPE, _TYPE),  # y
+    ),
     "mg_multiply": (
         *(_POINTER, _INTEGER, _INTEGER),  # x
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # weight, inputs, outputs, y
@@ -374,24 +379,30 @@ def begin_attention(
 
 
 def has_tiles() -> bool:
-    """Whether this processor has a matrix unit for bf16 (AMX) that may be used."""
+    """Whether this processor has a matrix unit (AMX) that may be used."""
     return LIBRARY is not None and bool(LIBRARY.mg_has_tiles())
 
 
+def fits_tiles(inputs: int, dtype: torch.dtype) -> bool:
+    """Whether a weight of so many inputs, in bf16 or int8, can be held in tiles."""
+    return inputs * dtype.itemsize % DEEP == 0
+
+
 def tile(weight_OI: Tensor) -> Tensor:
-    """A bf16 weight in the order in which `multiply` reads it. I is a multiple of 32."""
-    assert LIBRARY is not None and weight_OI.dtype == torch.bfloat16 and weight_OI.shape[1] % DEEP == 0
+    """A weight in bf16 or int8 that `fits_tiles`, in the order in which `multiply` or `multiply_bytes` reads it."""
+    assert LIBRARY is not None and fits_tiles(weight_OI.shape[1], weight_OI.dtype)
     weight_OI = weight_OI.contiguous()
-    packed = torch.empty(LIBRARY.mg_tiled_size(*weight_OI.shape), dtype=torch.bfloat16)
-    LIBRARY.mg_tile(weight_OI.data_ptr(), *weight_OI.shape, packed.data_ptr(), torch.get_num_threads())
+    packed = torch.empty(LIBRARY.mg_tiled_size(*weight_OI.shape), dtype=weight_OI.dtype)
+    size = weight_OI.element_size()
+    LIBRARY.mg_tile(weight_OI.data_ptr(), *weight_OI.shape, size, packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
 def untile(packed: Tensor, outputs: int, inputs: int) -> Tensor:
     """The weight (O, I) again."""
     assert LIBRARY is not None
-    weight_OI = torch.empty(outputs, inputs, dtype=torch.bfloat16)
-    LIBRARY.mg_untile(packed.data_ptr(), outputs, inputs, weight_OI.data_ptr())
+    weight_OI = torch.empty(outputs, inputs, dtype=packed.dtype)
+    LIBRARY.mg_untile(packed.data_ptr(), outputs, inputs, packed.element_size(), weight_OI.data_ptr())
     return weight_OI
 
 
@@ -410,6 +421,32 @@ def multiply(x_TI: Tensor, packed: Tensor, outputs: int) -> Tensor:
         inputs,
         outputs,
         y_TO.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y_TO
+
+
+def multiply_bytes(
+    codes_TI: Tensor, scales_T: Tensor, packed: Tensor, scales_O: Tensor, sums_O: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(T, O), in `dtype`, from what `round_rows` gives, and an int8 weight of `tile` with a scale per output.
+
+    `sums_O`, in int32, are 128 times the sums of the outputs' codes: what zero's code adds to each.
+    """
+    assert LIBRARY is not None and codes_TI.is_contiguous()
+    tokens, inputs = codes_TI.shape
+    y_TO = torch.empty(tokens, len(scales_O), dtype=dtype)
+    LIBRARY.mg_multiply_bytes(
+        codes_TI.data_ptr(),
+        scales_T.data_ptr(),
+        tokens,
+        packed.data_ptr(),
+        scales_O.data_ptr(),
+        sums_O.data_ptr(),
+        inputs,
+        len(scales_O),
+        y_TO.data_ptr(),
+        TYPES[dtype],
         torch.get_num_threads(),
     )
     return y_TO

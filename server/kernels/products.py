@@ -125,7 +125,7 @@ class Half:
 def fastest(weight_OI: Tensor, activations: torch.dtype, stored: torch.dtype) -> Product:
     """The product of a weight. `stored` is the dtype of the checkpoint, from which it may have been widened."""
     if weight_OI.device.type == "cpu":
-        if activations == torch.bfloat16 and weight_OI.shape[1] % native.DEEP == 0 and native.has_tiles():
+        if activations == torch.bfloat16 and native.has_tiles() and native.fits_tiles(weight_OI.shape[1], activations):
             return Tiled(weight_OI)
         if activations == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return Ordered(weight_OI)

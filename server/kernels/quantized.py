@@ -74,6 +74,8 @@ class Rows:
     def product(self, others: Sequence[Rows]) -> Product:
         parts = [self, *others]
         whole = Rows(torch.cat([part.codes_OI for part in parts]), torch.cat([part.scales_O for part in parts]))
+        if native.has_tiles() and native.fits_tiles(whole.codes_OI.shape[1], torch.int8):
+            return Int8Tiled(whole)
         if has_ordered_bytes():
             return Int8Ordered(whole)
         return Int8(whole) if has_fbgemm() else Int8Plain(whole)
@@ -98,6 +100,25 @@ def round_rows(weight_OI: Tensor, largest: int) -> Rows:
     weight_OI = weight_OI.float()
     scales_O = (weight_OI.abs().amax(1) / largest).clamp_(min=SMALLEST)
     return Rows((weight_OI / scales_O[:, None]).round_().to(torch.int8), scales_O)
+
+
+class Int8Tiled:
+    """In the tiles of a matrix unit. A token with a number that is none answers with such numbers alone."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._inputs = rows.codes_OI.shape[1]
+        self.packed = native.tile(rows.codes_OI)
+        self.scales_O = rows.scales_O.contiguous()
+        self.sums_O = rows.codes_OI.sum(1, dtype=torch.int32) * MIDDLE
+        self.bytes = self.packed.nbytes + self.scales_O.nbytes + self.sums_O.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        codes_TI, scales_T = native.round_rows(x.reshape(-1, x.shape[-1]), least=SMALLEST)
+        y_TO = native.multiply_bytes(codes_TI, scales_T, self.packed, self.scales_O, self.sums_O, x.dtype)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[1])
+
+    def weight(self) -> Tensor:
+        return native.untile(self.packed, len(self.scales_O), self._inputs).float() * self.scales_O[:, None]
 
 
 class Int8Ordered:

@@ -19,18 +19,21 @@ from torch import Tensor
 
 from server.kernels import native
 from server.kernels.products import Tiled
+from server.kernels.quantized import SMALLEST, Int8Tiled
 from server.model.attention import AttentionPlan
 from server.model.grafted import GraftedNorm, Joint
 from server.model.kv import KvCache
 from server.model.norms import NativeNorm
 from server.primitives.site import Active
 
-# As layer_t and decode_t in native.c.
-_POINTERS = ("before", "behind", "qkv", "o", "gate_up", "down", "bias", "keys", "values")
+# As weight_t, layer_t and decode_t in native.c.
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+WEIGHT = np.dtype([("weight", "u8"), ("scales", "u8"), ("sums", "u8"), ("group", "i8")])
 LAYER = np.dtype(
     [
-        *((name, "u8") for name in _POINTERS),
-        *((name, "i8") for name in ("window", "qkv_group", "o_group", "gate_up_group", "down_group")),
+        *((name, WEIGHT) for name in PRODUCTS),
+        *((name, "u8") for name in ("before", "behind", "bias", "keys", "values")),
+        ("window", "i8"),
         *((name, "f4") for name in ("before_eps", "behind_eps", "before_offset", "behind_offset")),
     ]
 )
@@ -45,8 +48,7 @@ STEP = np.dtype(
         ("run_count", "i8"),
         *((name, "u8") for name in ("pairs", "held")),
         *((name, "i8") for name in ("groups", "columns")),
-        ("scale", "f4"),
-        ("unused", "i4"),
+        *((name, "f4") for name in ("scale", "least")),
     ]
 )
 
@@ -77,17 +79,19 @@ class Decode:
         self._active = active
         self._table = np.zeros(len(layers), LAYER)
         for row, layer in zip(self._table, layers, strict=True):
-            for name in ("qkv", "o", "gate_up", "down"):
-                joint: Joint = getattr(layer, name)
-                assert isinstance(joint.product, Tiled)
-                row[name], row[f"{name}_group"] = joint.product.packed.data_ptr(), joint.group
+            for name, joint in zip(PRODUCTS, _joints(layer), strict=True):
+                product = joint.product
+                assert isinstance(product, Tiled | Int8Tiled)
+                scales, sums = 0, 0
+                if isinstance(product, Int8Tiled):
+                    scales, sums = product.scales_O.data_ptr(), product.sums_O.data_ptr()
+                row[name] = product.packed.data_ptr(), scales, sums, joint.group
             for name in ("before", "behind"):
                 norm = getattr(layer, name).fast
                 row[name], row[f"{name}_eps"], row[f"{name}_offset"] = norm.weight_F.data_ptr(), norm.eps, norm.offset
             row["bias"] = 0 if layer.qkv.bias is None else layer.qkv.bias.data_ptr()
             row["window"] = layer.window or 0
         self._step = np.zeros(1, STEP)
-        self._step["dim"], self._step["scale"] = first.dim, first.scale
         self._features = first.o.members[0].end
         self._heads = first.qkv.members[0].end // first.dim
         self._inner = first.gate_up.members[0].end
@@ -115,10 +119,11 @@ class Decode:
             *(cos_TR.data_ptr(), sin_TR.data_ptr(), cos_TR.shape[1]),
             *(plan.rows_T.data_ptr(), blocks_TN.data_ptr(), lengths_T.data_ptr()),
             *(rows, blocks_TN.shape[1], plan.cache.block_size),
-            *(*runs, *held, self._layers[0].scale, 0),
+            *(*runs, *held, self._layers[0].scale, SMALLEST),
         )
         attended = (2 * self._heads + 2 * kv_heads) * dim
-        work = torch.empty(tokens * (features + attended + 3 * self._inner), dtype=torch.bfloat16)
+        codes = max(features, self._heads * dim, self._inner) // 2 + 3  # and a scale
+        work = torch.empty(tokens * (features + attended + 3 * self._inner + codes), dtype=torch.bfloat16)
         pending_TE = torch.empty_like(stream_TE)
         failed = native.LIBRARY.mg_decode(
             self._step.ctypes.data,
@@ -167,7 +172,7 @@ def fits(layers: Sequence[Parts]) -> bool:
         for layer in layers
     }
     return len(shapes) == 1 and all(
-        all(isinstance(joint.product, Tiled) for joint in _joints(layer))
+        all(isinstance(joint.product, Tiled | Int8Tiled) for joint in _joints(layer))
         and layer.o.bias is None
         and layer.gate_up.bias is None
         and layer.down.bias is None

@@ -15,8 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from server.config import ModelConfig
 from server.kernels import native
 from server.kernels.gathered import Gathered, Row, Term, tabulate
-from server.model import fused
-from server.model.attention import AttentionPlan
+from server.model import decode, fused
+from server.model.attention import AttentionPlan, Span
 from server.model.decode import Decode
 from server.model.load import load_network
 from server.model.network import Batch, Network, span_plan
@@ -111,7 +111,7 @@ def test_a_base_whose_native_modules_fail_the_proof_is_served_by_its_own(
         assert (run(network, ids) - stock(ids[None]).logits[0]).abs().max() < CLOSE
 
 
-TILED: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}  # of whole tiles
+TILED: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}  # of whole tiles
 
 
 def decoding(network: Network, lengths: Sequence[int], runs: Sequence[Run] = (), rows: Sequence[Row] = ()) -> Tensor:
@@ -148,15 +148,16 @@ def adapter_row(network: Network, seed: int) -> Row:
     return tabulate(groups)
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
-    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, and what stands in the cache afterwards."""
     options = {**KNOWN[architecture], **TILED, "attention_bias": False}
     saved(architecture, tmp_path, **options)
     monkeypatch.setattr(native, "has_tiles", lambda: True)  # elsewhere by their plain loop
-    network = load_network(ModelConfig("tiny", dtype="bfloat16"), tmp_path, name="tiny")
+    network = load_network(ModelConfig("tiny", dtype="bfloat16", quantize=quantize), tmp_path, name="tiny")
     rows = [adapter_row(network, 1), adapter_row(network, 2)]
     lengths = [9, 1, 17, 30]
     runs: Sequence[Run] = [(1, [(0, 0.5)]), (1, []), (2, [(0, 1.0), (1, -2.0)])]
@@ -175,3 +176,46 @@ def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
     assert torch.equal(at_once[1], decoding(network, lengths, runs, rows))
     assert len(calls) == 2
     assert not torch.equal(at_once[0], at_once[1])
+
+
+def test_prompts_that_see_little_are_in_that_call_and_those_that_see_much_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved("qwen2", tmp_path, **{**KNOWN["qwen2"], **TILED})
+    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    network = load_network(ModelConfig("tiny", dtype="bfloat16"), tmp_path, name="tiny")
+    served = []
+    serves = Decode.serves
+
+    def noted(self: Decode, plan: AttentionPlan) -> bool:
+        served.append(serves(self, plan))
+        return served[-1]
+
+    def step() -> Tensor:
+        """Two decodes, a prompt's second chunk and a first one, over a cache of anything."""
+        generator = torch.Generator().manual_seed(3)
+        cache = network.new_cache(8, BLOCK)
+        for store in (*cache.keys, *cache.values):
+            store.copy_(torch.randn(store.shape, generator=generator))
+        decoded = torch.tensor([[1, 3], [6, 2]])
+        spans = [Span(6, 10, torch.tensor([[0, 7]])), Span(3, 3, torch.tensor([[5]]))]
+        places = [
+            3 * BLOCK + 4,
+            6 * BLOCK + 1,
+            *range(4, 8),
+            7 * BLOCK,
+            7 * BLOCK + 1,
+            *range(5 * BLOCK, 5 * BLOCK + 3),
+        ]
+        positions = torch.tensor([12, 1, *range(4, 10), *range(3)])
+        plan = AttentionPlan(cache, torch.tensor(places), torch.tensor([13, 2]), decoded, spans)
+        ids = torch.randint(0, 64, (len(places),), generator=generator)
+        return network.forward(Batch(ids, positions, plan, torch.arange(len(places)), None, {}))
+
+    monkeypatch.setattr(Decode, "serves", noted)
+    at_once = step()
+    monkeypatch.setattr(decode, "MOST_SEEN", 6 * 10 + 3 * 3 - 1)
+    by_layers = step()
+    assert served == [True, False]
+    assert not torch.equal(at_once, by_layers)
+    assert (at_once - by_layers).abs().max() < BF16_CLOSE * by_layers.abs().max()
