@@ -73,6 +73,8 @@ class Line:
                     return await work()
                 except NoRoom as error:
                     lacking = error
+                    if now() >= deadline:
+                        raise self._full(lacking) from None
         finally:
             self._first_since = None
             self._turn.release()

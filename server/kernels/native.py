@@ -69,7 +69,7 @@ _SIGNATURES = {
     "mg_has_tiles": (),
     "mg_tiled_size": (_INTEGER, _INTEGER),
     "mg_tile": (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _TYPE),
-    "mg_untile": (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER),
+    "mg_untile": (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _TYPE),
     "mg_multiply_bytes": (
         *(_POINTER, _POINTER, _INTEGER),  # codes, their scales
         *(_POINTER, _POINTER, _POINTER, _INTEGER, _INTEGER),  # weight, scales, sums, inputs, outputs
@@ -402,7 +402,8 @@ def untile(packed: Tensor, outputs: int, inputs: int) -> Tensor:
     """The weight (O, I) again."""
     assert LIBRARY is not None
     weight_OI = torch.empty(outputs, inputs, dtype=packed.dtype)
-    LIBRARY.mg_untile(packed.data_ptr(), outputs, inputs, packed.element_size(), weight_OI.data_ptr())
+    size = packed.element_size()
+    LIBRARY.mg_untile(packed.data_ptr(), outputs, inputs, size, weight_OI.data_ptr(), torch.get_num_threads())
     return weight_OI
 
 

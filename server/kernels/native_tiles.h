@@ -35,7 +35,8 @@ void mg_tile(const void *weight, int64_t outputs, int64_t inputs, int64_t size, 
 }
 
 /* mg_tile undone. */
-void mg_untile(const void *from, int64_t outputs, int64_t inputs, int64_t size, void *weight) {
+void mg_untile(const void *from, int64_t outputs, int64_t inputs, int64_t size, void *weight, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < outputs; o++)
         for (int64_t i = 0; i < inputs; i++)
             if (size == 2)

@@ -21,7 +21,7 @@ from server.kernels import native
 from server.kernels.products import Tiled
 from server.kernels.quantized import SMALLEST, Int8Tiled
 from server.model.attention import AttentionPlan
-from server.model.grafted import GraftedNorm, Joint
+from server.model.grafted import GraftedNorm, Joint, check_count
 from server.model.kv import KvCache
 from server.model.norms import NativeNorm
 from server.primitives.site import Active
@@ -113,6 +113,7 @@ class Decode:
         kv_heads, rows, dim = plan.cache.keys[self._layers[0].number].shape
         held, runs = (0, 0, 0), (0, 0, 0)
         if self._active.gathered is not None and self._active.gates is not None:
+            check_count(self._layers[0].qkv.members[0].name, tokens, self._active.gates)
             held, runs = self._active.gathered.places, self._active.gates.runs.places
         self._step[0] = (
             *(tokens, features, self._heads, kv_heads, dim, self._inner),

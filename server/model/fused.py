@@ -323,6 +323,7 @@ class _Decoder:
         like = self._module.embed_tokens.weight if inputs_embeds is None else inputs_embeds
         if (
             position_ids is None
+            or others.get("attention_mask") is not None
             or self._module.norm.active.routes is not None
             or not self._layers[0].serves(plan, like)
             or any(layer.is_looked_into() for layer in self._layers)

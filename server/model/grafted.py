@@ -125,7 +125,7 @@ class Joint:
         y_TO = self.product(x_TI)
         gates = self._gates_of(active)
         if gates is not None and active.gathered is not None and active.gathered.acts(self.group):
-            _check_count(self.members[0].name, x_TI.shape[0], gates)
+            check_count(self.members[0].name, x_TI.shape[0], gates)
             active.gathered.add_side_by_side(self.group, x_TI, y_TO, self._firsts, gates.runs)
         return y_TO
 
@@ -135,13 +135,13 @@ class Joint:
         for place, member in enumerate(self.members):
             operand = active.operands.get(member.name)
             if operand is not None:
-                _check_count(member.name, x_TI.shape[0], gates)
+                check_count(member.name, x_TI.shape[0], gates)
                 y_TO = self._transform(outputs[place], x_TI, member, gates, operand)
                 y_TO = after_product(y_TO, x_TI, gates, operand)
                 whole = whole and y_TO is outputs[place]
                 outputs[place] = y_TO
         if active.gathered is not None and active.gathered.acts(self.group):
-            _check_count(self.members[0].name, x_TI.shape[0], gates)
+            check_count(self.members[0].name, x_TI.shape[0], gates)
             active.gathered.add(self.group, x_TI, outputs, gates.runs)
         return whole
 
@@ -206,7 +206,7 @@ class GraftedEmbedding(nn.Module):
         if operand is None or gates is None:
             return self.base(ids)
         ids_T = ids.reshape(-1)
-        _check_count(self.name, len(ids_T), gates)
+        check_count(self.name, len(ids_T), gates)
         return apply_embedding(ids_T, gates, operand, self.base).view(*ids.shape, -1)
 
 
@@ -230,7 +230,7 @@ class GraftedNorm(nn.Module):
         gates = self.active.gates
         if operand is None or gates is None:
             return y
-        _check_count(self.name, x.shape[self.axis], gates)
+        check_count(self.name, x.shape[self.axis], gates)
         return apply_norm(y, lambda: self.unit(x), gates, operand, axis=self.axis)
 
     def of_sum(self, x: Tensor, y: Tensor) -> Tensor:
@@ -358,7 +358,7 @@ def _one_bias(members: Sequence[Member]) -> Tensor | None:
     return torch.cat([some.new_zeros(one.end - one.first) if one.bias_O is None else one.bias_O for one in members])
 
 
-def _check_count(name: str, tokens: int, gates: Gates) -> None:
+def check_count(name: str, tokens: int, gates: Gates) -> None:
     if tokens != gates.gates_TK.shape[0]:
         raise ValueError(f"{name} saw {tokens} tokens of a step of {gates.gates_TK.shape[0]}")
 
