@@ -57,7 +57,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "rotate's stride", "features are put back in another order", "server/primitives/rotate.py",
-        "x_TBS.reshape(tokens, -1, stride, size).transpose(2, 3)", "x_TBS.reshape(tokens, -1, size, stride)",
+        "x_TBS.reshape(tokens, blocks // stride, stride, size).transpose(2, 3)",
+        "x_TBS.reshape(tokens, blocks // stride, size, stride)",
     ),
     Mutant(
         "delta, dense", "its sign", "server/primitives/delta.py", "return x_nI @ D_OI.t()", "return -x_nI @ D_OI.t()",

@@ -167,7 +167,7 @@ def _as_decodes(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
 
 
 def fits(layers: Sequence[Parts]) -> bool:
-    """Whether these layers are of one shape, their products in tiles, and without biases but for the first."""
+    """Whether these layers are of one shape, in bf16, their products in tiles, and without biases but for the first."""
     shapes = {
         (*(joint.members[-1].end for joint in _joints(layer)), layer.qkv.members[0].end, layer.dim, layer.scale)
         for layer in layers
@@ -177,7 +177,10 @@ def fits(layers: Sequence[Parts]) -> bool:
         and layer.o.bias is None
         and layer.gate_up.bias is None
         and layer.down.bias is None
-        and all(isinstance(norm.fast, NativeNorm) for norm in (layer.before, layer.behind))
+        and all(
+            isinstance(norm.fast, NativeNorm) and norm.fast.weight_F.dtype == torch.bfloat16
+            for norm in (layer.before, layer.behind)
+        )
         for layer in layers
     )
 

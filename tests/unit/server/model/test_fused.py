@@ -219,3 +219,13 @@ def test_prompts_that_see_little_are_in_that_call_and_those_that_see_much_are_no
     assert served == [True, False]
     assert not torch.equal(at_once, by_layers)
     assert (at_once - by_layers).abs().max() < BF16_CLOSE * by_layers.abs().max()
+
+
+def test_a_base_in_few_bits_with_activations_in_fp32_goes_through_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved("llama", tmp_path, **{**KNOWN["llama"], **TILED})
+    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    monkeypatch.setattr(Decode, "serves", lambda self, plan: pytest.fail("it is in bf16"))
+    network = load_network(ModelConfig("tiny", dtype="float32", quantize="int8"), tmp_path, name="tiny")
+    assert decoding(network, [9, 1]).isfinite().all()
