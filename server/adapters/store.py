@@ -760,14 +760,17 @@ class AdapterStore:
     def _spawn(self, key: tuple[str, str], pointer: Pointer) -> None:
         async def advance() -> None:
             with suppress(Unavailable):
-                await self._line.serve(lambda: self._advance(key, pointer))
+                await self._line.serve(lambda: self._advance(key, pointer, serve_meanwhile=False))
 
         task = asyncio.create_task(advance())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _advance(self, key: tuple[str, str], pointer: Pointer) -> Pointer:
-        """Try the version that an alias has moved to; the pointer as it is afterwards."""
+    async def _advance(self, key: tuple[str, str], pointer: Pointer, *, serve_meanwhile: bool = True) -> Pointer:
+        """Try the version that an alias has moved to; the pointer as it is afterwards.
+
+        Where there is no room for it, what serves goes on if it is here and may `serve_meanwhile`. Raises: NoRoom.
+        """
         assert pointer.pending is not None
         after = Pointer(pointer.pending)
         try:
@@ -784,9 +787,9 @@ class AdapterStore:
         except Unavailable:
             return pointer
         except NoRoom:
-            if pointer.serving.digest not in self._resident or asyncio.current_task() in self._background:
-                raise
-            return pointer  # what serves goes on until there is room for the next
+            if serve_meanwhile and pointer.serving.digest in self._resident:
+                return pointer
+            raise
         if self._pointers.get(key) == pointer:
             self._pointers[key] = after
             if after.serving.digest != pointer.serving.digest:

@@ -2,7 +2,7 @@
 
 A weight is packed once, when the base is loaded. What is chosen follows from what the processor has, never from a
 timing, so that a base answers alike after every start (docs/performance.md has the timings behind the rule):
-bf16 activations, on processors with a matrix unit (AMX): tiles, by a kernel of our own (native.c);
+bf16 activations, on processors with a matrix unit (AMX): tiles, by a kernel of our own (native_tiles.h);
 bf16 activations, on others with bf16 products: the library's own order of the weight (oneDNN);
 fp32 activations of a checkpoint in half precision: the weight stays in 16 bits (FBGEMM), widened in registers. bf16
 numbers are fp16 numbers but for those near zero, which round by 2^-25 at most; a weight that has others stays in fp32.

@@ -298,10 +298,7 @@ class _Layer:
 
 
 class _Decoder:
-    """Every layer, each sum one pass with the norm behind it. Where a hook looks into a layer, the stock decoder.
-
-    The cache's layers all have one shape there.
-    """
+    """Every layer, each sum one pass with the norm behind it. Where a hook looks into a layer, the stock decoder."""
 
     def __init__(self, module: Any, layers: Sequence[_Layer]) -> None:
         self._module = module
