@@ -1,12 +1,13 @@
 """Engines beside each other on one machine, one at a time at work: heats, then interleaved rounds.
 
 In a round every engine has all its turns once, ours and the peers' alike, with the same prompts. Ratios are made round
-by round, so that a slow minute of the machine is in both sides. What does not run is kept with its reason.
+by round, so that a slow minute of the machine is in both sides. A turn that took more than SLOW_S is asked with one
+batch of requests from then on: as many at once, for less long. What does not run is kept with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from benchmarks.stable import Stable, say
 HEAT = Load(requests=16, prompt=32, new=8, at_once=16, timeout_s=180)  # some formats have no fast path: cut short
 WARM_PROMPT, WARM_NEW = 16, 2
 WARM_UP_SEED = 1_000_000
+SLOW_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Turn:
         requests = max(self.adapters, min(self.load.requests, self.load.at_once))
         load = replace(self.load, requests=requests, prompt=WARM_PROMPT, new=min(self.load.new, WARM_NEW))
         return Turn(load, self.adapters)
+
+    def one_batch(self) -> Turn:
+        return replace(self, load=replace(self.load, requests=min(self.load.requests, self.load.at_once)))
 
 
 @dataclass
@@ -61,8 +66,8 @@ class Contest:
     room: Path
     rounds: int
 
-    def run(self, engines: Iterable[Engine], turns: Mapping[str, Turn]) -> Results:
-        """Every turn of every engine that can do it."""
+    def run(self, engines: Iterable[Engine], turns: Mapping[str, Turn]) -> Iterator[Results]:
+        """Every turn of every engine that can do it: what there is after every round."""
         results = Results()
 
         def warm_up(engine: Engine, running: Running) -> None:
@@ -78,12 +83,15 @@ class Contest:
                     if running is None:
                         continue
                     for label, turn in _turns_of(engine, turns).items():
-                        done = self._load(engine, running, label, turn, number, results)
+                        mine = results.rounds.setdefault(engine.name, {})
+                        slow = label in mine and mine[label][0].wall_s > SLOW_S
+                        asked = turn.one_batch() if slow else turn
+                        done = self._load(engine, running, label, asked, number, results)
                         if done is not None:
-                            results.rounds.setdefault(engine.name, {}).setdefault(label, []).append(done)
+                            mine.setdefault(label, []).append(done)
                             say(f"round {number}, {engine.name}, {label}: {done.tokens_per_s:.1f} tokens/s")
                     stable.lead_back(engine)
-        return results
+                yield results
 
     def _best_of_families(self, engines: Iterable[Engine], results: Results) -> list[Engine]:
         """Of engines that differ in number formats alone, the fastest here."""

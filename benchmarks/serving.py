@@ -50,16 +50,17 @@ def main() -> None:
         parser.error(f"no such engine: {asked.only}")
     base = BASES[asked.base]
     make_base(base)
+    out = asked.out / base.name
+    out.mkdir(parents=True, exist_ok=True)
     for name in names:
         say(f"== {name}: {SCENARIOS[name].measures}")
         head = {"machine": machine(SERVING), "peers": PEERS, "base": base.name, "rounds_asked": asked.rounds}
         with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
             floors = measure_floors(os.cpu_count() or 1)
             bench = Bench(base, engines, asked.rounds, Path(room), asked.short)
-            report = {**head, "short": asked.short, "floors": floors, **SCENARIOS[name].run(bench)}
-        out = asked.out / base.name
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            for report in SCENARIOS[name].run(bench):
+                whole = {**head, "short": asked.short, "floors": floors, **report}
+                (out / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

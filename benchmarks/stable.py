@@ -1,5 +1,6 @@
-"""The engines that are up at a time: as many as the memory holds; the one longest unused ends for the next.
+"""The engines that are up at a time: as many as the memory holds; for the next the one last used ends.
 
+Rounds go through the engines in one order, so the one last used is the one that is wanted again the latest.
 All but the one that works are stopped (SIGSTOP), so that none of their threads takes a core.
 """
 
@@ -17,7 +18,7 @@ import psutil
 from benchmarks.bases import Base
 from benchmarks.engines.engine import Engine, EngineDidNotStart, Running
 
-FREE_BYTES = 8 << 30  # that an engine may need to start
+FREE_BYTES = 6 << 30  # that an engine may need to start
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Stable:
     room: Path
     warm_up: Callable[[Engine, Running], None]
     failed: dict[str, str] = field(default_factory=dict)  # by name: why an engine does not run here
-    _up: dict[str, tuple[ExitStack, Running]] = field(default_factory=dict)  # the longest unused first
+    _up: dict[str, tuple[ExitStack, Running]] = field(default_factory=dict)  # the last used last
 
     def __enter__(self) -> Stable:
         return self
@@ -70,7 +71,7 @@ class Stable:
         return True
 
     def _end_one(self) -> None:
-        stack, _ = self._up.pop(next(iter(self._up)))
+        _, (stack, _) = self._up.popitem()
         stack.close()
 
 

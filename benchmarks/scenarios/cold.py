@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from benchmarks.adapters import loras
@@ -21,7 +21,7 @@ PROBE = Shape(requests=1, prompt=128, new=2, at_once=1)
 STREAM = Shape(requests=1, prompt=16, new=256, at_once=1)
 
 
-def run(bench: Bench) -> Report:
+def run(bench: Bench) -> Iterator[Report]:
     streams, probes = bench.few(STREAMS), bench.few(PROBES)
     report = {}
     for engine in bench.ours:
@@ -29,7 +29,7 @@ def run(bench: Bench) -> Report:
         room.mkdir()
         with engine.start(bench.base, loras(bench.base, streams + probes), room) as up:
             report[engine.name] = asyncio.run(measure(up, streams, probes))
-    return {"streams": streams, "probes": probes, "engines": report}
+    yield {"streams": streams, "probes": probes, "engines": report}
 
 
 async def measure(up: Server, streams: int, probes: int) -> Report:

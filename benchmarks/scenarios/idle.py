@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 
 import httpx
@@ -24,7 +25,7 @@ WAITING = Load(requests=QUEUED, prompt=16, new=4, at_once=QUEUED)
 QUEUE_TIMEOUT_S = 120
 
 
-def run(bench: Bench) -> Report:
+def run(bench: Bench) -> Iterator[Report]:
     streams, queued, names = bench.few(STREAMS), bench.few(QUEUED), bench.few(NAMES)
     adapters = loras(bench.base, streams)
     report: Report = {"queued": queued, "names": names, "engines": {}}
@@ -43,7 +44,7 @@ def run(bench: Bench) -> Report:
                 answers, place = asyncio.run(stream(up, streams, queued, number))
                 steps["with"].append(step_s(answers, place))
         report["engines"][engine.name] = steps
-    return report
+    yield report
 
 
 def step_s(answers: list[Answer], place: int) -> float:

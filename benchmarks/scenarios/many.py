@@ -5,6 +5,8 @@ The adapters' files are in the page cache, so a cold one costs what fetching, ch
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from benchmarks.adapters import WEIGHTS, loras
 from benchmarks.contest import Contest, Turn
 from benchmarks.load import Load
@@ -15,13 +17,13 @@ ROOM = 1.1  # an adapter takes at most so much more than its file
 LOAD = Load(requests=128, prompt=128, new=64, at_once=16)
 
 
-def run(bench: Bench) -> Report:
+def run(bench: Bench) -> Iterator[Report]:
     load, folders = bench.cut(LOAD), loras(bench.base, bench.few(ADAPTERS))
     budget = int(min(RESIDENT, len(folders) // 2) * ROOM * (folders[0] / WEIGHTS).stat().st_size)
     engines = [one.with_options({"adapter-bytes": budget}) for one in bench.ours]
     turns = {"1 adapter": Turn(load, 1), "zipf": Turn(load, len(folders), "zipf")}
-    results = Contest(bench.base, folders, bench.room, bench.rounds).run(engines, turns).as_json()
-    return {"adapters": len(folders), "budget_bytes": budget, **results}
+    for results in Contest(bench.base, folders, bench.room, bench.rounds).run(engines, turns):
+        yield {"adapters": len(folders), "budget_bytes": budget, **results.as_json()}
 
 
 SCENARIO = Scenario("many", "1,000 adapters, Zipf, budget of 64", run)

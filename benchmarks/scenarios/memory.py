@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -15,7 +16,7 @@ ADAPTERS = 16
 KV_BYTES = 1 << 28
 
 
-def run(bench: Bench) -> Report:
+def run(bench: Bench) -> Iterator[Report]:
     kinds = [other_kind(bench.base, kind, number) for number, kind in enumerate(KINDS)]
     labels = [*(f"lora r=8, {number}" for number in range(bench.few(ADAPTERS))), *KINDS]
     folders = [*loras(bench.base, bench.few(ADAPTERS)), *kinds]
@@ -26,7 +27,7 @@ def run(bench: Bench) -> Report:
         room.mkdir()
         with engine.with_options({"kv-bytes": KV_BYTES}).start(bench.base, folders, room) as up:
             report["engines"][engine.name] = weigh(up, labels, folders)
-    return report
+    yield report
 
 
 def weigh(up: Server, labels: list[str], folders: list[Path]) -> Report:

@@ -5,7 +5,7 @@ So many distinct adapters stand in one batch of 16 requests, or of 64 where ther
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.adapters import MIXED_RANKS, loras, mixed_kinds, mixed_ranks
@@ -30,16 +30,17 @@ GROUPS: dict[str, tuple[int, Callable[[Base, int], list[Path]]]] = {  # the larg
 }
 
 
-def run(bench: Bench) -> Report:
-    reports = {}
+def run(bench: Bench) -> Iterator[Report]:
+    reports: Report = {}
     for group, (largest, make) in GROUPS.items():
         room = bench.room / group.replace(" ", "-")
         room.mkdir()
         counts = [count for count in COUNTS if count <= min(largest, bench.few(64))]
         contest = Contest(bench.base, make(bench.base, counts[-1]), room, bench.rounds)
         engines = [one.with_options({"adapter-bytes": BUDGET_BYTES}) for one in bench.ours]
-        reports[group] = contest.run(engines, turns(counts, bench)).as_json()
-    return {"groups": reports}
+        for results in contest.run(engines, turns(counts, bench)):
+            reports[group] = results.as_json()
+            yield {"groups": reports}
 
 
 def turns(counts: list[int], bench: Bench) -> dict[str, Turn]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from benchmarks.adapters import loras
 from benchmarks.contest import Contest, Turn
 from benchmarks.load import POPULARITY, Load
@@ -11,10 +13,12 @@ ADAPTERS = 64
 LOAD = Load(requests=64, prompt=128, new=64, at_once=16)
 
 
-def run(bench: Bench) -> Report:
+def run(bench: Bench) -> Iterator[Report]:
     load, count = bench.cut(LOAD), bench.few(ADAPTERS)
     turns = {"base": Turn(load), **{how: Turn(load, count, how) for how in POPULARITY}}
-    return Contest(bench.base, loras(bench.base, count), bench.room, bench.rounds).run(bench.ours, turns).as_json()
+    contest = Contest(bench.base, loras(bench.base, count), bench.room, bench.rounds)
+    for results in contest.run(bench.ours, turns):
+        yield results.as_json()
 
 
 SCENARIO = Scenario("popularity", "popularity of 64 adapters: identical, uniform, Zipf, distinct", run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 
 from benchmarks.adapters import loras
 from benchmarks.engines.over_http import Server
@@ -17,7 +18,7 @@ SHAPE = Load(requests=1, prompt=128, new=64, at_once=1)
 PROBE_NEW = 4
 
 
-def run(bench: Bench) -> Report:
+def run(bench: Bench) -> Iterator[Report]:
     flood, probes = bench.few(FLOOD), bench.few(PROBES)
     report = {}
     for engine in bench.ours:
@@ -26,7 +27,7 @@ def run(bench: Bench) -> Report:
         placed = engine.with_options({"max-running": min(PLACES, max(1, flood // 2))})
         with placed.start(bench.base, loras(bench.base, 2), room) as up:
             report[engine.name] = asyncio.run(measure(up, flood, probes))
-    return {"flood": flood, "probes": probes, "engines": report}
+    yield {"flood": flood, "probes": probes, "engines": report}
 
 
 async def measure(up: Server, flood: int, probes: int) -> Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ class Bench:
 
 @dataclass(frozen=True)
 class Scenario:
-    """`measures`: the target of docs/performance.md that it is for, in its words."""
+    """`measures`: the target of docs/performance.md that it is for, in its words. `run` gives its report after every
+    round, each time the whole of it, so that what is cut short keeps the rounds that were done."""
 
     name: str
     measures: str
-    run: Callable[[Bench], Report]
+    run: Callable[[Bench], Iterator[Report]]

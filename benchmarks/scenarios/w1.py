@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from benchmarks.adapters import loras
@@ -12,13 +13,13 @@ from benchmarks.scenarios.scenario import Bench, Report, Scenario
 DISTINCT = (16, 32)
 
 
-def run(bench: Bench) -> Report:
+def run(bench: Bench) -> Iterator[Report]:
     load = bench.cut(W1)
     turns = {"base": Turn(load), "1 adapter": Turn(load, 1)}
     turns |= {f"{count} distinct": Turn(load, count) for count in map(bench.few, DISTINCT)}
     adapters = loras(bench.base, max(turn.adapters for turn in turns.values()))
-    results = Contest(bench.base, adapters, bench.room, bench.rounds).run(bench.engines, turns)
-    return {"load": asdict(load), **results.as_json()}
+    for results in Contest(bench.base, adapters, bench.room, bench.rounds).run(bench.engines, turns):
+        yield {"load": asdict(load), **results.as_json()}
 
 
 SCENARIO = Scenario("w1", "distinct adapters beside every peer; base only beside vLLM and OpenVINO", run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from benchmarks.adapters import loras
@@ -10,11 +11,11 @@ from benchmarks.load import W2
 from benchmarks.scenarios.scenario import Bench, Report, Scenario
 
 
-def run(bench: Bench) -> Report:
+def run(bench: Bench) -> Iterator[Report]:
     load = bench.cut(W2)
     contest = Contest(bench.base, loras(bench.base, 1), bench.room, bench.rounds)
-    results = contest.run(bench.engines, {"base": Turn(load), "1 adapter": Turn(load, 1)})
-    return {"load": asdict(load), **results.as_json()}
+    for results in contest.run(bench.engines, {"base": Turn(load), "1 adapter": Turn(load, 1)}):
+        yield {"load": asdict(load), **results.as_json()}
 
 
 SCENARIO = Scenario("w2", "a single stream, one adapter", run)
