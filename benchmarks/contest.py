@@ -1,8 +1,9 @@
 """Engines beside each other on one machine, one at a time at work: heats, then interleaved rounds.
 
-In a round every engine has all its turns once, ours and the peers' alike, with the same prompts. Ratios are made round
-by round, so that a slow minute of the machine is in both sides. A turn that took more than SLOW_S is asked with one
-batch of requests from then on: as many at once, for less long. What does not run is kept with its reason.
+In a round every engine has all its turns once, ours and the peers' alike, with the same prompts, which are others in
+every turn, since some keep what they have read. Ratios are made round by round, so that a slow minute of the machine
+is in both sides. A turn that took more than SLOW_S is asked with one batch of requests from then on: as many at once,
+for less long. What does not run is kept with its reason.
 """
 
 from __future__ import annotations
@@ -82,11 +83,11 @@ class Contest:
                     running = stable.lead_out(engine)
                     if running is None:
                         continue
-                    for label, turn in _turns_of(engine, turns).items():
+                    for place, (label, turn) in enumerate(_turns_of(engine, turns).items()):
                         mine = results.rounds.setdefault(engine.name, {})
                         slow = label in mine and mine[label][0].wall_s > SLOW_S
                         asked = turn.one_batch() if slow else turn
-                        done = self._load(engine, running, label, asked, number, results)
+                        done = self._load(engine, running, label, asked, number * len(turns) + place, results)
                         if done is not None:
                             mine.setdefault(label, []).append(done)
                             say(f"round {number}, {engine.name}, {label}: {done.tokens_per_s:.1f} tokens/s")

@@ -9,6 +9,7 @@ be installed does not stop the others; its reason is kept in .bench/NAME/why.txt
 from __future__ import annotations
 
 import inspect
+import platform
 import shutil
 import subprocess
 import sys
@@ -84,6 +85,8 @@ def llama(home: Path) -> None:
         sources.extractall(home, filter="data")
     tree = home / f"llama_cpp_python-{LLAMA}" / "vendor" / "llama.cpp"
     off = [f"-D{name}=OFF" for name in ("LLAMA_OPENSSL", "LLAMA_USE_PREBUILT_UI", "LLAMA_BUILD_TESTS")]
+    if platform.machine() == "x86_64":  # its AMX code uses tiles before they are set up, which ends the server
+        off += [f"-DCMAKE_{one}_FLAGS=-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" for one in ("C", "CXX")]
     _run(home, ["cmake", "-S", tree, "-B", home / "build", "-DCMAKE_BUILD_TYPE=Release", *off])
     targets = ["llama-server", "llama-quantize"]
     _run(home, ["cmake", "--build", home / "build", "-j", "2", "--target", *targets])

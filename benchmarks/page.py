@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bases import BASES
 from benchmarks.plots import plot
-from benchmarks.tables import floors_line, machine_line, sections
+from benchmarks.tables import machine_lines, sections
 from benchmarks.targets import targets_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,8 +36,7 @@ def page(results: Path) -> str:
         reports = read(base, results)
         if not reports:
             continue
-        first = next(iter(reports.values()))
-        parts += [f"### Base `{base}`", machine_line(first), floors_line(first)]
+        parts += [f"### Base `{base}`", *machine_lines(reports)]
         parts += [targets_table(reports), *sections(BASES[base], reports)]
         parts += [f"![{title}]({file})" for title, file in plot(base, reports, DOCS)]
     return "\n\n".join(parts) or "No results yet: run `make bench`."

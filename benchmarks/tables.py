@@ -10,27 +10,35 @@ from benchmarks.bases import Base
 from benchmarks.floors import Machine, floor_s, machine_of
 from benchmarks.load import Load
 from benchmarks.scenarios.overhead import NEW, RANKS, SHORT_PROMPT
-from benchmarks.targets import rates, ratio
+from benchmarks.targets import Figure, rates, ratio
 
 Reports = Mapping[str, Mapping[str, Any]]
 RANK = 8
+
+
+def machine_lines(reports: Reports) -> list[str]:
+    """What each scenario was measured on; those of one machine and commit stand together."""
+    names: dict[str, list[str]] = {}
+    for name, report in reports.items():
+        names.setdefault(machine_line(report), []).append(name)
+    rates = (f"* {name}: {floors_line(report)}" for name, report in reports.items())
+    lines = [f"{', '.join(where)}: {line}" for line, where in names.items()]
+    return [*lines, "The machine's best in each run:", "\n".join(rates)]
 
 
 def machine_line(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in {**machine["versions"], **report["peers"]}.items())
     short = " Short counts, only to see that it runs." if report["short"] else ""
-    return (
-        f"{machine['cores']} cores of {machine['cpu']}, load {machine['load_before']:.1f} before the run, commit "
-        f"{machine['commit']}; {versions}.{short}"
-    )
+    return f"{machine['cores']} cores of {machine['cpu']}, commit {machine['commit']}; {versions}.{short}"
 
 
 def floors_line(report: Mapping[str, Any]) -> str:
     floors = report["floors"]
     products = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in floors["operations_per_s"].items())
     return (
-        f"The machine in that run: {floors['read_bytes_per_s'] / 1e9:.1f} GB/s read; billion operations/s: {products}."
+        f"{report['machine']['load_before']:.1f} load before; {floors['read_bytes_per_s'] / 1e9:.1f} GB/s read; "
+        f"billion operations/s: {products}"
     )
 
 
@@ -50,7 +58,7 @@ def sections(base: Base, reports: Reports) -> list[str]:
             overhead(base, reports["overhead"]),
         ]
     if "popularity" in reports:
-        made += ["#### 64 adapters by popularity, of our own base's throughput", popularity(reports)]
+        made += ["#### 64 adapters by popularity, of our own base's throughput", popularity(reports["popularity"])]
     if "memory" in reports:
         made += ["#### Memory", memory(reports["memory"])]
     return made
@@ -108,23 +116,24 @@ def overhead(base: Base, report: Mapping[str, Any]) -> str:
     counts = counts_of(report)
     lines = [f"| | {' | '.join(counts)} |", "|---" * (len(counts) + 1) + "|"]
     for group, found in report["groups"].items():
-        for phase in ("prefill", "decode"):
-            cells = []
-            for count in counts:
-                batch = count.split()[-1]
-                of_base = rates({"": found}, "", "ours", f"{phase}, 0 of {batch}")
-                figure = ratio(rates({"": found}, "", "ours", f"{phase}, {count}"), of_base)
-                cells.append(str(figure) if figure else "")
-            lines.append(f"| {group}, {phase} | {' | '.join(cells)} |")
+        for engine in found["rounds"]:
+            for phase in ("prefill", "decode"):
+                cells = [str(_of_base(found, engine, phase, count) or "") for count in counts]
+                lines.append(f"| {engine}, {group}, {phase} | {' | '.join(cells)} |")
         if group in RANKS:
             floors = [decode_floor_ratio(base, machine_of(report["floors"]), RANKS[group], count) for count in counts]
             lines.append(f"| {group}, decode at the floor | {' | '.join(f'{one:.2f}' for one in floors)} |")
     return "\n".join(lines)
 
 
+def _of_base(found: Mapping[str, Any], engine: str, phase: str, count: str) -> Figure | None:
+    base = rates({"": found}, "", engine, f"{phase}, 0 of {count.split()[-1]}")
+    return ratio(rates({"": found}, "", engine, f"{phase}, {count}"), base)
+
+
 def counts_of(report: Mapping[str, Any]) -> list[str]:
     """ "16 of 64": so many adapters in a batch of so many requests, the fewest first."""
-    labels = (label for found in report["groups"].values() for label in found["rounds"].get("ours", {}))
+    labels = (label for found in report["groups"].values() for mine in found["rounds"].values() for label in mine)
     counts = dict.fromkeys(label.partition(", ")[2] for label in labels)
     return sorted((count for count in counts if not count.startswith("0 ")), key=lambda count: int(count.split()[0]))
 
@@ -137,12 +146,13 @@ def decode_floor_ratio(base: Base, machine: Machine, ranks: Sequence[int], label
     return floor_s(base, load, machine) / floor_s(base, load, machine, distinct)
 
 
-def popularity(reports: Reports) -> str:
+def popularity(report: Mapping[str, Any]) -> str:
     lines = ["| | output tokens/s | of the base |", "|---|---|---|"]
-    base = rates(reports, "popularity", "ours", "base")
-    for label in reports["popularity"]["rounds"].get("ours", {}):
-        mine = rates(reports, "popularity", "ours", label)
-        lines.append(f"| {label} | {cell(mine, 1)} | {ratio(mine, base)} |")
+    for engine, mine in report["rounds"].items():
+        base = rates({"": report}, "", engine, "base")
+        for label in mine:
+            rate = rates({"": report}, "", engine, label)
+            lines.append(f"| {engine}, {label} | {cell(rate, 1)} | {ratio(rate, base)} |")
     return "\n".join(lines)
 
 
