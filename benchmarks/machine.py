@@ -10,15 +10,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+RESULTS = ":!benchmarks/results"  # left out
+
 
 def machine(packages: Sequence[str]) -> dict[str, Any]:
-    """CPU, cores, load before the run, versions, and the commit (with a plus sign when files were changed since)."""
+    """CPU, cores, load before the run, versions, the commit; a plus sign where more than results was changed since."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     cpu = next(
         (line.split(":")[1].strip() for line in cpuinfo.splitlines() if "model name" in line), platform.processor()
     )
+    changed = _git("status", "--porcelain", "--", ".", RESULTS)
     return {
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
