@@ -163,7 +163,8 @@ def memory(report: Mapping[str, Any]) -> str:
     for engine, found in report["engines"].items():
         sizes = ", ".join(f"{when} {size / 1e6:.0f} MB" for when, size in found["process_bytes"].items())
         lines += ["", f"Process of {engine}: {sizes}.", "", "| adapter | file, KB | resident, KB |", "|---|---|---|"]
-        for name, one in found["adapters"].items():
+        # of those of one size, the last
+        for name, one in {name.partition(", ")[0]: one for name, one in found["adapters"].items()}.items():
             taken = one["resident_bytes"]
             shown = f"{taken / 1e3:.0f}" if isinstance(taken, int) else taken
             lines.append(f"| {name} | {one['file_bytes'] / 1e3:.0f} | {shown} |")
