@@ -152,7 +152,7 @@ def popularity(report: Mapping[str, Any]) -> str:
         base = rates({"": report}, "", engine, "base")
         for label in mine:
             rate = rates({"": report}, "", engine, label)
-            lines.append(f"| {engine}, {label} | {cell(rate, 1)} | {ratio(rate, base)} |")
+            lines.append(f"| {engine}, {label} | {cell(rate, 1)} | {ratio(rate, base) or ''} |")
     return "\n".join(lines)
 
 
@@ -163,8 +163,8 @@ def memory(report: Mapping[str, Any]) -> str:
     for engine, found in report["engines"].items():
         sizes = ", ".join(f"{when} {size / 1e6:.0f} MB" for when, size in found["process_bytes"].items())
         lines += ["", f"Process of {engine}: {sizes}.", "", "| adapter | file, KB | resident, KB |", "|---|---|---|"]
-        # of those of one size, the last
-        for name, one in {name.partition(", ")[0]: one for name, one in found["adapters"].items()}.items():
+        rows = {name.partition(", ")[0]: one for name, one in found["adapters"].items()}  # numbered ones are alike
+        for name, one in rows.items():
             taken = one["resident_bytes"]
             shown = f"{taken / 1e3:.0f}" if isinstance(taken, int) else taken
             lines.append(f"| {name} | {one['file_bytes'] / 1e3:.0f} | {shown} |")
