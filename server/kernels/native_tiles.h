@@ -163,10 +163,14 @@ ON_TILES_INLINE void round_tile(const product_t *job, const void *sums, int64_t 
             value = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(value), zeros));
             value = _mm512_mul_ps(_mm512_mul_ps(value, scales), _mm512_set1_ps(job->x_scales[t + n]));
         }
-        char row[TILE * 4];
-        if (job->type == FP32) _mm512_storeu_ps(row, value);
-        else store_bf16_v4((uint16_t *)row, (vec_v4)value);
-        memcpy(moved(job->y, (t + n) * job->outputs + o, job->type), row, bytes(count, job->type));
+        void *const to = moved(job->y, (t + n) * job->outputs + o, job->type);
+        if (count < TILE) {
+            char row[TILE * 4];
+            if (job->type == FP32) _mm512_storeu_ps(row, value);
+            else store_bf16_v4((uint16_t *)row, (vec_v4)value);
+            memcpy(to, row, bytes(count, job->type));
+        } else if (job->type == FP32) _mm512_storeu_ps(to, value);
+        else store_bf16_v4(to, (vec_v4)value);
     }
 }
 
