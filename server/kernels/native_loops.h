@@ -32,6 +32,7 @@ typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define score_rows NAME(score_rows)
 #define weigh_rows NAME(weigh_rows)
 #define wide_rows NAME(wide_rows)
+#define ask_for NAME(ask_for)
 #define AT_ONCE (LANES == 16 ? 16 : 8) /* sums that fit the registers */
 #define add_row NAME(add_row)
 #define round_row NAME(round_row)
@@ -511,6 +512,12 @@ INLINE const float *wide_rows(const void *rows, int64_t first, int64_t count, in
     return tile;
 }
 
+/* Rows of a cache, asked for before they are used. */
+INLINE void ask_for(const void *rows, int64_t first, int64_t count, int64_t dim, const int type) {
+    const char *const from = (const char *)rows + first * dim * (type == FP32 ? 4 : 2);
+    for (int64_t at = 0; at < count * dim * (type == FP32 ? 4 : 2); at += LINE) __builtin_prefetch(from + at);
+}
+
 /* Each stretch of neighbouring rows of the cache, ROWS_AT_ONCE at most, in which positions first ... length - 1 lie. */
 #define FOR_STRETCHES(l, row, count)                                                                                \
     for (int64_t l = first, row, count; l < length && (count = at_most(block_size - l % block_size, length - l),    \
@@ -525,6 +532,10 @@ INLINE void attend_group(const float *query, const void *keys, const void *value
                          int64_t block_size, int64_t first, int64_t length, int64_t group, int64_t dim, float softcap,
                          const float *sinks, float *scores, int64_t padded, float *tile, float *out, const int type) {
     FOR_STRETCHES(l, row, count) {
+        const int64_t next = l + count;
+        ask_for(values, row, count, dim, type);
+        if (next < length)
+            ask_for(keys, blocks[next / block_size] * block_size + next % block_size, at_most(count, length - next), dim, type);
         const float *const wide = wide_rows(keys, row, count, dim, tile, type);
         for (int64_t g = 0; g < group; g++) score_rows(query + g * dim, wide, count, dim, scores + g * padded + l - first);
     }
@@ -588,6 +599,7 @@ ATTEND(BF16)
 #undef score_rows
 #undef weigh_rows
 #undef wide_rows
+#undef ask_for
 #undef AT_ONCE
 #undef ROWS
 #undef store_up_to

@@ -66,7 +66,6 @@ typedef struct {
 #define ON_TILES_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4,amx-tile,amx-bf16,amx-int8")))
 #define ASK_FOR_STATE 0x1023 /* ARCH_REQ_XCOMP_PERM */
 #define TILE_DATA 18
-#define LINE 64 /* bytes of a cache's line */
 #define AHEAD 2 /* steps that the weight is asked for before it is used */
 
 /* Whether this processor has the unit, and the system lets this process use it. */
