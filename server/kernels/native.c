@@ -26,6 +26,7 @@
 #define MEMBERS 8       /* Linears that read the same input, at most */
 #define WIDEST 16       /* floats of the longest vector register */
 #define LINE 64         /* bytes of a cache's line */
+#define SOON 512        /* bytes */
 #define ROWS_AT_ONCE 64 /* of the KV cache, widened for all query heads of a KV head */
 #define FEW 65536       /* products and sums that one thread does before another has begun */
 #define WIDENED 65536   /* numbers of a weight that are widened at a time: they stay in a second-level cache */
@@ -182,6 +183,13 @@ typedef struct {
         for (const term_t *term = (job)->held[pair->column].terms;                                               \
              pair->gate != 0 && term < (job)->held[pair->column].terms + (job)->held[pair->column].count; term++)
 
+/* Tokens of a run's pieces: about as many in each, and the same number of pieces for each thread. */
+static int64_t piece_of(const run_t *run, int threads) {
+    if (run->count <= TOKENS) return TOKENS;
+    const int64_t rounds = (run->count + TOKENS * threads - 1) / (TOKENS * threads), pieces = rounds * threads;
+    return (run->count + pieces - 1) / pieces;
+}
+
 static int64_t ranks_of(const lowrank_t *job, const run_t *run) {
     int64_t total = 0;
     FOR_TERMS(job, run, pair, term) total += term->rank;
@@ -253,10 +261,11 @@ int mg_lowrank(const void *x, int64_t x_row, int64_t tokens, int64_t inputs, int
         const int64_t ranks = ranks_of(&job, run);
         needed += run->count * ranks;
         most = ranks > most ? ranks : most;
-        pieces += (run->count + TOKENS - 1) / TOKENS;
     }
     if (!needed) return 0;
     threads = threads_for(needed * inputs, threads);
+    for (const run_t *run = runs; run < runs + run_count; run++)
+        pieces += (run->count + piece_of(run, threads) - 1) / piece_of(run, threads);
     const int together = pieces < threads;
     float *const shared = together ? room(needed + threads * TOKENS * inputs) : NULL;
     if (together && !shared) return -1;
@@ -267,9 +276,10 @@ int mg_lowrank(const void *x, int64_t x_row, int64_t tokens, int64_t inputs, int
         float *const own = together ? shared + needed + me * TOKENS * inputs : room(TOKENS * (inputs + most));
         if (!own) failed = -1;
         int64_t work = 0, at = 0;
-        for (const run_t *run = runs; own && run < runs + run_count; run++)
-            for (int64_t t = 0; t < run->count; t += TOKENS) {
-                const int64_t first = run->first + t, some = at_most(run->count - t, TOKENS);
+        for (const run_t *run = runs; own && run < runs + run_count; run++) {
+            const int64_t piece = piece_of(run, all);
+            for (int64_t t = 0; t < run->count; t += piece) {
+                const int64_t first = run->first + t, some = at_most(run->count - t, piece);
                 if (together) {
                     shrink_piece(&job, run, first, some, shared + at, own, me, all);
                     at += some * ranks_of(&job, run);
@@ -278,15 +288,18 @@ int mg_lowrank(const void *x, int64_t x_row, int64_t tokens, int64_t inputs, int
                     expand_piece(&job, run, first, some, own + TOKENS * inputs, 0, 1);
                 }
             }
+        }
         if (together) {
 #pragma omp barrier
             at = 0;
-            for (const run_t *run = runs; run < runs + run_count; run++)
-                for (int64_t t = 0; t < run->count; t += TOKENS) {
-                    const int64_t some = at_most(run->count - t, TOKENS);
+            for (const run_t *run = runs; run < runs + run_count; run++) {
+                const int64_t piece = piece_of(run, all);
+                for (int64_t t = 0; t < run->count; t += piece) {
+                    const int64_t some = at_most(run->count - t, piece);
                     expand_piece(&job, run, run->first + t, some, shared + at, me, all);
                     at += some * ranks_of(&job, run);
                 }
+            }
         }
     }
     return failed;

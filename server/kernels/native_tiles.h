@@ -66,7 +66,7 @@ typedef struct {
 #define ON_TILES_INLINE static inline __attribute__((always_inline, target("arch=x86-64-v4,amx-tile,amx-bf16,amx-int8")))
 #define ASK_FOR_STATE 0x1023 /* ARCH_REQ_XCOMP_PERM */
 #define TILE_DATA 18
-#define AHEAD 2 /* steps that the weight is asked for before it is used */
+#define AHEAD 8 /* steps that the weight is asked for before it is used, into the second-level cache */
 
 /* Whether this processor has the unit, and the system lets this process use it. */
 int mg_has_tiles(void) {
@@ -114,7 +114,7 @@ ON_TILES_INLINE void multiply_few(const char *x, int64_t x_row, const char *w, i
     clear_sums();
     for (int64_t i = 0; i < steps; i++, x += DEEP, w += SIDE_BY_SIDE * TILE_BYTES) {
         for (int n = 0; n < SIDE_BY_SIDE * TILE_BYTES; n += LINE)
-            _mm_prefetch(w + AHEAD * SIDE_BY_SIDE * TILE_BYTES + n, _MM_HINT_T0);
+            _mm_prefetch(w + AHEAD * SIDE_BY_SIDE * TILE_BYTES + n, _MM_HINT_T1);
         _tile_loadd(4, x, x_row);
         _tile_loadd(5, w, 64);
         DOT(0, 4, 5);
