@@ -95,16 +95,20 @@ def within(scenario: str, label: str, base: str) -> Callable[[Reports], Figure |
 
 
 def in_group(group: str, count: int, batch: int) -> Callable[[Reports], Figure | None]:
-    """The worse of prefill and decode."""
+    """Throughput of the prompts and the new tokens together: the seconds of the two phases are added up."""
 
-    def phase(name: str) -> Callable[[Reports], Figure | None]:
-        def figure(reports: Reports) -> Figure | None:
-            found = {"overhead": reports.get("overhead", {}).get("groups", {}).get(group, {})}
-            return within("overhead", f"{name}, {count} of {batch}", f"{name}, 0 of {batch}")(found)
+    def figure(reports: Reports) -> Figure | None:
+        mine = reports.get("overhead", {}).get("groups", {}).get(group, {}).get("rounds", {}).get("ours", {})
+        taken, bare = (_seconds(mine, f"{some} of {batch}") for some in (count, 0))
+        return ratio(bare, taken)
 
-        return figure
+    return figure
 
-    return worse_of(phase("prefill"), phase("decode"))
+
+def _seconds(mine: Mapping[str, Sequence[Mapping[str, float]]], label: str) -> list[float]:
+    """Of prefill and decode, round by round."""
+    phases = [mine.get(f"{phase}, {label}", []) for phase in ("prefill", "decode")]
+    return [sum(one["wall_s"] for one in pair) for pair in zip(*phases, strict=False)]
 
 
 def of_engine(scenario: str, make: Callable[[Mapping[str, Any]], Figure | None]) -> Callable[[Reports], Figure | None]:

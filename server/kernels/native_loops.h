@@ -114,7 +114,7 @@ INLINE float sum(vec v) {
 #endif
 }
 
-/* What a single token reads of an adapter comes from memory: it is asked for so many bytes before. */
+/* An adapter comes from memory: it is asked for so many bytes before. */
 INLINE void ask_soon(const void *p, int64_t at, const int type) {
     __builtin_prefetch((const char *)p + at * (type == FP32 ? 4 : 2) + SOON);
 }
@@ -128,7 +128,7 @@ INLINE void ask_soon(const void *p, int64_t at, const int type) {
         int64_t i = 0;                                                                                              \
         for (; i + LANES <= inputs; i += LANES)                                                                     \
             UNROLL for (int r = 0; r < RANKS_HERE; r++) {                                                           \
-                if (TOKENS_HERE == 1) ask_soon(A, (rank + r) * inputs + i, type);                                   \
+                ask_soon(A, (rank + r) * inputs + i, type);                                                          \
                 const vec a = load(A, (rank + r) * inputs + i, type);                                               \
                 UNROLL for (int t = 0; t < TOKENS_HERE; t++) sums[t][r] += load_fp32(x + t * x_row + i) * a;        \
             }                                                                                                       \
@@ -178,7 +178,7 @@ SHRINK(FP16)
             UNROLL for (int v = 0; v < VECTORS; v++) sums[t][v] = load_fp32(into + t * into_row + v * LANES);       \
         for (int64_t r = 0; r < ranks; r++)                                                                         \
             UNROLL for (int v = 0; v < VECTORS; v++) {                                                              \
-                if (TOKENS_HERE == 1) ask_soon(B, r * outputs + at + v * LANES, type);                              \
+                ask_soon(B, r * outputs + at + v * LANES, type);                                                     \
                 const vec b = load(B, r * outputs + at + v * LANES, type);                                          \
                 UNROLL for (int t = 0; t < TOKENS_HERE; t++) sums[t][v] += middle[t * middle_row + r] * b;          \
             }                                                                                                       \

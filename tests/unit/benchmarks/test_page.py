@@ -48,6 +48,14 @@ def test_a_ratio_is_made_round_by_round() -> None:
     assert "1.50 (1.00 to 2.00)" in line
 
 
+def test_adapters_cost_what_they_add_to_prompts_and_new_tokens_together() -> None:
+    seconds = {"prefill, 0 of 16": 1, "decode, 0 of 16": 3, "prefill, 16 of 16": 1.5, "decode, 16 of 16": 3.5}
+    rounds = {label: [{"tokens_per_s": 0, "wall_s": wall}] for label, wall in seconds.items()}
+    report = {"groups": {"rank 8": {"rounds": {"ours": rounds}}}}
+    line = next(line for line in targets_table({"overhead": report}).splitlines() if "16 distinct against" in line)
+    assert "| 0.80 | no |" in line
+
+
 def test_a_floor_grows_with_adapters_and_falls_with_the_machine() -> None:
     plain = floor_s(HALF, W1, MACHINE)
     assert plain < floor_s(HALF, W1, MACHINE, [8] * 16) < floor_s(HALF, W1, MACHINE, [64] * 16)
