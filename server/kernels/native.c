@@ -122,6 +122,8 @@ typedef struct {
     void (*rotate[2])(const void *x, const void *cos, const void *sin, void *out, int64_t half, int64_t count);
     float (*round[2])(const void *x, uint8_t *codes, int64_t count, float least);
     void (*scale[2])(const float *x, float scale, void *out, int64_t count);
+    void (*stretch[2])(void *y, const pair_t *pairs, int64_t some, const int64_t *row_of, int64_t columns, const void *excess,
+                       int64_t count);
     void (*widen_row)(const uint16_t *from, float *to, int64_t count);
     void (*narrow_row)(const float *from, uint16_t *to, int64_t count);
     void (*widen_4)(const uint8_t *codes, const float *levels, const float *scales, const float *offsets, int64_t inputs,
@@ -135,8 +137,8 @@ typedef struct {
         {NAME(expand_FP32), NAME(expand_BF16), NAME(expand_FP16)}, \
         {NAME(attend_FP32), NAME(attend_BF16)}, {NAME(norm_FP32), NAME(norm_BF16)}, \
         {NAME(add_FP32), NAME(add_BF16)}, {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, \
-        {NAME(round_FP32), NAME(round_BF16)}, {NAME(scale_FP32), NAME(scale_BF16)}, NAME(widen_row), NAME(narrow_row), \
-        NAME(widen_4), NAME(widen_8) }
+        {NAME(round_FP32), NAME(round_BF16)}, {NAME(scale_FP32), NAME(scale_BF16)}, {NAME(stretch_FP32), NAME(stretch_BF16)}, \
+        NAME(widen_row), NAME(narrow_row), NAME(widen_4), NAME(widen_8) }
 #define V4(x) x##_v4
 #define V3(x) x##_v3
 #define ANY(x) x##_any
@@ -417,6 +419,25 @@ void mg_scale(const float *x, const float *scales, int64_t rows, int64_t count, 
 #pragma omp parallel for num_threads(threads_for(rows * count, threads)) schedule(static)
     for (int64_t n = 0; n < rows; n++)
         fast->scale[type](x + n * count, scales[n], moved(out, n * count, type), count);
+}
+
+/* y[t] *= 1 + sum_k g_k excess[row_of[k]], for those of a token's adapters k that have a row; -1: none. A token that carries
+   none of them keeps its bits. y: (tokens, features), excess: (rows, features), both of `type` and side by side. */
+void mg_stretch(void *y, int64_t features, int type, const run_t *runs, int64_t run_count, const pair_t *pairs,
+                const void *excess, const int64_t *row_of, int64_t columns, int threads) {
+    const loops_t *const fast = loops();
+    int64_t work = 0;
+    for (int64_t n = 0; n < run_count; n++) work += runs[n].count * features;
+#pragma omp parallel for num_threads(threads_for(work, threads)) schedule(static)
+    for (int64_t n = 0; n < run_count; n++) {
+        const run_t *const run = runs + n;
+        const pair_t *const own = pairs + run->first_pair;
+        int carries = 0;
+        for (const pair_t *pair = own; pair < own + run->pairs; pair++)
+            carries |= pair->column < columns && row_of[pair->column] >= 0 && pair->gate != 0;
+        for (int64_t t = run->first; carries && t < run->first + run->count; t++)
+            fast->stretch[type](moved(y, t * features, type), own, run->pairs, row_of, columns, excess, features);
+    }
 }
 
 /* What stands before attention: queries rotated where they are, keys rotated on their way to the cache, values copied. */

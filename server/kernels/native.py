@@ -11,6 +11,8 @@ import importlib.machinery
 import logging
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch  # before the library is loaded, which shares its OpenMP threads
 from torch import Tensor
 
@@ -46,6 +48,11 @@ _SIGNATURES = {
         *(_POINTER, _POINTER, _FLOAT, _TYPE, _TYPE),  # codes, scales
     ),
     "mg_scale": (_POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
+    "mg_stretch": (
+        *(_POINTER, _INTEGER, _TYPE),  # y, features
+        *(_POINTER, _INTEGER, _POINTER),  # runs, pairs
+        *(_POINTER, _POINTER, _INTEGER, _TYPE),  # excess, rows of the columns
+    ),
     "mg_rotate_and_store": (
         *(_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER),  # query, key, value
         *(_INTEGER, _INTEGER, _INTEGER, _INTEGER),  # tokens, heads, kv_heads, dim
@@ -278,6 +285,26 @@ def scale_rows(y_TO: Tensor, scales_T: Tensor, dtype: torch.dtype) -> Tensor:
         y_TO.data_ptr(), scales_T.data_ptr(), *y_TO.shape, out_TO.data_ptr(), TYPES[dtype], torch.get_num_threads()
     )
     return out_TO
+
+
+def stretch(y_TF: Tensor, runs: tuple[int, int, int], excess_NF: Tensor, rows_K: npt.NDArray[np.int64]) -> Tensor:
+    """y * (1 + sum_k g_k excess[rows[k]]) in a tensor of its own; adapter k has no row where that is -1.
+
+    `runs` are the places of a `server.kernels.gathered.Runs` over the T tokens. One dtype, rounded once.
+    """
+    assert LIBRARY is not None and excess_NF.is_contiguous() and excess_NF.dtype == y_TF.dtype
+    out_TF = y_TF.clone(memory_format=torch.contiguous_format)
+    LIBRARY.mg_stretch(
+        out_TF.data_ptr(),
+        out_TF.shape[1],
+        TYPES[out_TF.dtype],
+        *runs,
+        excess_NF.data_ptr(),
+        rows_K.ctypes.data,
+        len(rows_K),
+        torch.get_num_threads(),
+    )
+    return out_TF
 
 
 def rotate_and_store(

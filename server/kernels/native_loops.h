@@ -38,6 +38,7 @@ typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define add_row NAME(add_row)
 #define round_row NAME(round_row)
 #define scale_row NAME(scale_row)
+#define stretch_row NAME(stretch_row)
 
 INLINE vec load_fp32(const float *p) {
     vec v;
@@ -434,6 +435,19 @@ INLINE void scale_row(const float *x, float scale, void *out, int64_t count, con
         store_up_to(out, i, count - i, load_up_to(x, i, count - i, FP32) * scale, type);
 }
 
+/* y *= 1 + sum of gate * excess, over those of a token's pairs whose column has a row of excess, each `count` long. */
+INLINE void stretch_row(void *y, const pair_t *pairs, int64_t some, const int64_t *row_of, int64_t columns, const void *excess,
+                        int64_t count, const int type) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        vec factor = (vec){0} + 1.0f;
+        for (const pair_t *pair = pairs; pair < pairs + some; pair++) {
+            const int64_t row = pair->column < columns ? row_of[pair->column] : -1;
+            if (row >= 0 && pair->gate != 0) factor += pair->gate * load_up_to(excess, row * count + i, count - i, type);
+        }
+        store_up_to(y, i, count - i, load_up_to(y, i, count - i, type) * factor, type);
+    }
+}
+
 #define ROWS(TYPE)                                                                                                  \
     static void NAME(norm_##TYPE)(const void *x, const void *weight, float offset, float eps, void *out,            \
                                   int64_t count) {                                                                  \
@@ -452,6 +466,10 @@ INLINE void scale_row(const float *x, float scale, void *out, int64_t count, con
     }                                                                                                               \
     static void NAME(scale_##TYPE)(const float *x, float scale, void *out, int64_t count) {                         \
         scale_row(x, scale, out, count, TYPE);                                                                      \
+    }                                                                                                               \
+    static void NAME(stretch_##TYPE)(void *y, const pair_t *pairs, int64_t some, const int64_t *row_of,             \
+                                     int64_t columns, const void *excess, int64_t count) {                          \
+        stretch_row(y, pairs, some, row_of, columns, excess, count, TYPE);                                          \
     }
 ROWS(FP32)
 ROWS(BF16)
@@ -618,6 +636,7 @@ ATTEND(BF16)
 #undef add_row
 #undef round_row
 #undef scale_row
+#undef stretch_row
 #undef DOTS
 #undef SHRINK
 #undef SPREAD
