@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from server.kernels.native import MEMBERS
-from server.kernels.products import Plain, Product, fastest
-from server.kernels.quantized import Held
+from server.kernels.products import Plain, Product, Tiled, fastest
+from server.kernels.quantized import Held, Int8Tiled
 from server.model.norms import NativeNorm, Unit, embedding_factor, fast_norm, norm_shape, prove_norm
 from server.model.weights import Stock
 from server.primitives.gates import Gates
@@ -26,7 +26,6 @@ from server.primitives.site import (
     Active,
     EmbeddingShape,
     NormShape,
-    SiteOperand,
     SiteShape,
     after_product,
     apply_embedding,
@@ -63,6 +62,14 @@ class Member:
     first: int
     end: int
     bias_O: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """Some tokens of a step, and the inputs (n, I) that a Linear has of them instead of the step's."""
+
+    tokens_n: Tensor
+    x_nI: Tensor
 
 
 class Joint:
@@ -105,8 +112,12 @@ class Joint:
     def compute(self, x_TI: Tensor) -> list[Tensor]:
         """y (T, O) of every member, in order; nobody else holds them."""
         gates = self._gates_of(self._active)
-        y_TO = self.product(x_TI)
+        changed = {} if gates is None else self._changed_inputs(x_TI, gates)
+        y_TO, of_changed = self._multiply(x_TI, changed)
         outputs = [y_TO] if len(self.members) == 1 else list(torch.split_with_sizes(y_TO, self._widths, 1))
+        for place, y_nO in of_changed.items():
+            member = self.members[place]
+            outputs[place].index_copy_(0, changed[place].tokens_n, y_nO[:, member.first : member.end])
         whole = gates is None or self._add_adapters(x_TI, outputs, gates)
         if self.bias is None:
             return outputs
@@ -136,8 +147,7 @@ class Joint:
             operand = active.operands.get(member.name)
             if operand is not None:
                 check_count(member.name, x_TI.shape[0], gates)
-                y_TO = self._transform(outputs[place], x_TI, member, gates, operand)
-                y_TO = after_product(y_TO, x_TI, gates, operand)
+                y_TO = after_product(outputs[place], x_TI, gates, operand)
                 whole = whole and y_TO is outputs[place]
                 outputs[place] = y_TO
         if active.gathered is not None and active.gathered.acts(self.group):
@@ -145,16 +155,29 @@ class Joint:
             active.gathered.add(self.group, x_TI, outputs, gates.runs)
         return whole
 
-    def _transform(self, y_TO: Tensor, x_TI: Tensor, member: Member, gates: Gates, operand: SiteOperand) -> Tensor:
-        """W x' for the tokens whose input some adapter transforms; the others keep their W x."""
-        layout = operand.input_layout
-        if not layout:
-            return y_TO
-        tokens_n, own = gates.carrying(layout)
-        if not len(tokens_n):  # those that do have left the batch
-            return y_TO
-        y_nO = self.product(before_product(x_TI.index_select(0, tokens_n), own, operand))
-        return y_TO.index_copy(0, tokens_n, y_nO[:, member.first : member.end])
+    def _changed_inputs(self, x_TI: Tensor, gates: Gates) -> dict[int, Changed]:
+        """By a member's place, for the tokens whose input some adapter changes there; the others keep their W x."""
+        changed = {}
+        for place, member in enumerate(self.members):
+            operand = self._active.operands.get(member.name)
+            if operand is None or not operand.input_layout:
+                continue
+            check_count(member.name, x_TI.shape[0], gates)
+            tokens_n, own = gates.carrying(operand.input_layout)
+            if len(tokens_n):  # none: those that did have left the batch
+                changed[place] = Changed(tokens_n, before_product(x_TI.index_select(0, tokens_n), own, operand))
+        return changed
+
+    def _multiply(self, x_TI: Tensor, changed: Mapping[int, Changed]) -> tuple[Tensor, dict[int, Tensor]]:
+        """W x, and W x' by place. At once where a row's answer is the same to the bit in any company."""
+        if not changed:
+            return self.product(x_TI), {}
+        inputs = [one.x_nI for one in changed.values()]
+        if isinstance(self.product, Tiled | Int8Tiled):
+            y_TO, *made = self.product(torch.cat([x_TI, *inputs])).split([len(x_TI), *map(len, inputs)])
+        else:
+            y_TO, made = self.product(x_TI), [self.product(x_nI) for x_nI in inputs]
+        return y_TO, dict(zip(changed, made, strict=True))
 
 
 class GraftedLinear(nn.Module):
