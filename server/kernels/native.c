@@ -422,8 +422,8 @@ void mg_scale(const float *x, const float *scales, int64_t rows, int64_t count, 
 }
 
 /* y[t] *= 1 + sum_k g_k excess[row_of[k]], for those of a token's adapters k that have a row; -1: none. A token that carries
-   none of them keeps its bits. y: (tokens, features), excess: (rows, features), both of `type` and side by side. */
-void mg_stretch(void *y, int64_t features, int type, const run_t *runs, int64_t run_count, const pair_t *pairs,
+   none of them keeps its bits. y: (tokens, features), rows y_row apart; excess: (rows, features), side by side; both of `type`. */
+void mg_stretch(void *y, int64_t y_row, int64_t features, int type, const run_t *runs, int64_t run_count, const pair_t *pairs,
                 const void *excess, const int64_t *row_of, int64_t columns, int threads) {
     const loops_t *const fast = loops();
     int64_t work = 0;
@@ -436,7 +436,7 @@ void mg_stretch(void *y, int64_t features, int type, const run_t *runs, int64_t 
         for (const pair_t *pair = own; pair < own + run->pairs; pair++)
             carries |= pair->column < columns && row_of[pair->column] >= 0 && pair->gate != 0;
         for (int64_t t = run->first; carries && t < run->first + run->count; t++)
-            fast->stretch[type](moved(y, t * features, type), own, run->pairs, row_of, columns, excess, features);
+            fast->stretch[type](moved(y, t * y_row, type), own, run->pairs, row_of, columns, excess, features);
     }
 }
 

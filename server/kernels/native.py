@@ -49,7 +49,7 @@ _SIGNATURES = {
     ),
     "mg_scale": (_POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
     "mg_stretch": (
-        *(_POINTER, _INTEGER, _TYPE),  # y, features
+        *(_POINTER, _INTEGER, _INTEGER, _TYPE),  # y, features
         *(_POINTER, _INTEGER, _POINTER),  # runs, pairs
         *(_POINTER, _POINTER, _INTEGER, _TYPE),  # excess, rows of the columns
     ),
@@ -287,24 +287,25 @@ def scale_rows(y_TO: Tensor, scales_T: Tensor, dtype: torch.dtype) -> Tensor:
     return out_TO
 
 
-def stretch(y_TF: Tensor, runs: tuple[int, int, int], excess_NF: Tensor, rows_K: npt.NDArray[np.int64]) -> Tensor:
-    """y * (1 + sum_k g_k excess[rows[k]]) in a tensor of its own; adapter k has no row where that is -1.
+def stretch(y_TF: Tensor, runs: tuple[int, int, int], excess_NF: Tensor, rows_K: npt.NDArray[np.int64]) -> None:
+    """y *= 1 + sum_k g_k excess[rows[k]], where it is; adapter k has no row where that is -1.
 
-    `runs` are the places of a `server.kernels.gathered.Runs` over the T tokens. One dtype, rounded once.
+    `runs` are the places of a `server.kernels.gathered.Runs` over the T tokens. One dtype, rounded once. Rows of y may
+    lie apart.
     """
-    assert LIBRARY is not None and excess_NF.is_contiguous() and excess_NF.dtype == y_TF.dtype
-    out_TF = y_TF.clone(memory_format=torch.contiguous_format)
+    assert LIBRARY is not None and y_TF.stride(1) == 1
+    assert excess_NF.is_contiguous() and excess_NF.dtype == y_TF.dtype and excess_NF.shape[1] == y_TF.shape[1]
     LIBRARY.mg_stretch(
-        out_TF.data_ptr(),
-        out_TF.shape[1],
-        TYPES[out_TF.dtype],
+        y_TF.data_ptr(),
+        y_TF.stride(0),
+        y_TF.shape[1],
+        TYPES[y_TF.dtype],
         *runs,
         excess_NF.data_ptr(),
         rows_K.ctypes.data,
         len(rows_K),
         torch.get_num_threads(),
     )
-    return out_TF
 
 
 def rotate_and_store(

@@ -48,10 +48,12 @@ def pack(values: Sequence[tuple[int, Scale]]) -> ScaleOperand:
     return ScaleOperand(excess_NF, layout, torch.tensor(layout, device=excess_NF.device), rows_K)
 
 
-def apply(x_TF: Tensor, gates: Gates, operand: ScaleOperand) -> Tensor:
-    """x * (1 + sum_k g_k (s_k - 1))."""
+def apply(x_TF: Tensor, gates: Gates, operand: ScaleOperand, *, here: bool = False) -> Tensor:
+    """x * (1 + sum_k g_k (s_k - 1)). `here`: x may become the answer."""
     if native.serves(x_TF.device, x_TF.dtype) and operand.excess_NF.dtype == x_TF.dtype:
-        return native.stretch(x_TF, gates.runs.places, operand.excess_NF, operand.rows_K)
+        made_TF = x_TF if here and x_TF.stride(1) == 1 else x_TF.clone(memory_format=torch.contiguous_format)
+        native.stretch(made_TF, gates.runs.places, operand.excess_NF, operand.rows_K)
+        return made_TF
     return x_TF * (1 + gates.spread(operand.layout, operand.columns_N) @ operand.excess_NF)
 
 

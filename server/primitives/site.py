@@ -168,12 +168,12 @@ def apply_site(
 
 def before_product(x_TI: Tensor, gates: Gates, operand: SiteOperand) -> Tensor:
     """x'."""
-    return _transform(x_TI, gates, operand.scale_in, operand.rotate_in)
+    return _transform(x_TI, gates, operand.scale_in, operand.rotate_in, here=False)
 
 
 def after_product(y_TO: Tensor, x_TI: Tensor, gates: Gates, operand: SiteOperand) -> Tensor:
-    """All of y but the base's bias, from W x'."""
-    y_TO = _transform(y_TO, gates, operand.scale_out, operand.rotate_out)
+    """All of y but the base's bias, from W x', which may become it."""
+    y_TO = _transform(y_TO, gates, operand.scale_out, operand.rotate_out, here=operand.rotate_out is None)
     if operand.lowrank is not None:
         y_TO = lowrank.apply(y_TO, x_TI, gates, operand.lowrank)
     if operand.delta is not None:
@@ -184,10 +184,15 @@ def after_product(y_TO: Tensor, x_TI: Tensor, gates: Gates, operand: SiteOperand
 
 
 def _transform(
-    x_TF: Tensor, gates: Gates, scales: scale.ScaleOperand | None, rotations: rotate.RotateOperand | None
+    x_TF: Tensor,
+    gates: Gates,
+    scales: scale.ScaleOperand | None,
+    rotations: rotate.RotateOperand | None,
+    *,
+    here: bool,
 ) -> Tensor:
-    """One side: both read x."""
-    made_TF = x_TF if scales is None else scale.apply(x_TF, gates, scales)
+    """One side: both read x, which may become the answer if it is to be `here`."""
+    made_TF = x_TF if scales is None else scale.apply(x_TF, gates, scales, here=here)
     return made_TF if rotations is None else rotate.apply(made_TF, x_TF, gates, rotations)
 
 

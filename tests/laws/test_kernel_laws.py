@@ -18,8 +18,11 @@ from server.kernels.gathered import Gathered, Row, Runs, Term, tabulate
 from server.kernels.products import Half, Ordered, Plain, Tiled, fastest
 from server.model.attention import AttentionPlan, decode_gathered, decode_in_place
 from server.model.kv import KvCache
+from server.primitives import scale
+from server.primitives.gates import Gates
 from server.primitives.lowrank import LowRank, apply_loop
 from server.primitives.prefix import LayerShape
+from server.primitives.scale import Scale
 
 CLOSE = 1e-4  # fp32, sums of up to a hundred products in another order
 CLOSE_BF16 = 2e-2  # one rounding of a result of size one to bf16, and one of a difference
@@ -273,6 +276,35 @@ def test_a_row_of_zeros_or_of_what_is_no_number_keeps_to_itself_in_bytes() -> No
     codes, scales = native.round_rows(x, least=1e-30)
     assert (codes[[0, 3]] == 128).all() and (scales[[0, 3]] == torch.tensor(1e-30)).all()
     assert scales[1].isnan() and scales[2] == torch.inf
+
+
+@built
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**16),
+    tokens=st.integers(1, 9),
+    features=st.integers(1, 70),
+    adapters=st.integers(1, 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_scales_where_the_output_is_are_the_plain_loop(
+    seed: int, tokens: int, features: int, adapters: int, dtype: torch.dtype
+) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    whole = torch.randn(tokens, features + 5, generator=rng).to(dtype)
+    before, columns = whole.clone(), slice(2, 2 + features)
+    scales = [(2 * k, Scale(torch.randn(features, generator=rng).to(dtype))) for k in range(adapters)]
+    gates_TK = torch.randint(-2, 3, (tokens, 2 * adapters), generator=rng) / 4
+    gates_TK[0] = 0
+    made = scale.apply(whole[:, columns], Gates(gates_TK), scale.pack(scales), here=True)
+    wide = [(k, Scale(one.excess_F.float())) for k, one in scales]
+    expected = scale.apply_loop(before[:, columns].float(), gates_TK, wide)
+    assert made.data_ptr() == whole[:, columns].data_ptr()
+    torch.testing.assert_close(made, expected.to(dtype), atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 2**-7)
+    bare = ~gates_TK[:, ::2].any(1)
+    assert torch.equal(whole[bare], before[bare])
+    assert torch.equal(whole[:, :2], before[:, :2])
+    assert torch.equal(whole[:, columns.stop :], before[:, columns.stop :])
 
 
 @built
