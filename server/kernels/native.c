@@ -26,7 +26,7 @@
 #define MEMBERS 8       /* Linears that read the same input, at most */
 #define WIDEST 16       /* floats of the longest vector register */
 #define LINE 64         /* bytes of a cache's line */
-#define SOON 512        /* bytes */
+#define SOON 512        /* bytes that an adapter is asked for ahead */
 #define ROWS_AT_ONCE 64 /* of the KV cache, widened for all query heads of a KV head */
 #define FEW 65536       /* products and sums that one thread does before another has begun */
 #define WIDENED 65536   /* numbers of a weight that are widened at a time: they stay in a second-level cache */
