@@ -63,6 +63,32 @@ typedef struct {
     int32_t unused;
 } pair_t;
 
+/* Values of some adapters, as many of each: those of a column are the row_of[column]-th; -1: it has none. */
+typedef struct {
+    const void *values;
+    const int64_t *row_of;
+    int64_t columns;
+} values_t;
+
+/* R - I of some adapters by blocks, transposed: (blocks, rows, size, size). See server/primitives/rotate.py. */
+typedef struct {
+    values_t blocks;
+    int64_t rows, size, stride;
+} turn_t;
+
+/* What adapters change: x * (1 + sum_k g_k scale_k) + sum_k g_k (R_k - I) x + sum_k g_k bias_k. */
+typedef struct {
+    values_t scale, bias;
+    const turn_t *turns;
+    int64_t turn_count;
+} change_t;
+
+/* What adapters do beside low-rank terms: to what a Linear is given and to what it has made, or to a norm's weight. */
+typedef struct {
+    change_t in, out;
+    values_t gain;
+} site_t;
+
 INLINE float widen(const void *p, int64_t at, const int type) {
     if (type == FP32) return ((const float *)p)[at];
     uint32_t bits = (uint32_t)((const uint16_t *)p)[at] << 16;
@@ -77,6 +103,11 @@ INLINE uint16_t narrow(float value) {
     memcpy(&bits, &value, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* Which of the values an adapter has here; -1: none, or its gate is zero. */
+INLINE int64_t row_of(const pair_t *pair, const values_t *values) {
+    return pair->gate != 0 && pair->column < values->columns ? values->row_of[pair->column] : -1;
 }
 
 static int threads_for(int64_t work, int threads) { return work < FEW ? 1 : threads; }
@@ -122,8 +153,9 @@ typedef struct {
     void (*rotate[2])(const void *x, const void *cos, const void *sin, void *out, int64_t half, int64_t count);
     float (*round[2])(const void *x, uint8_t *codes, int64_t count, float least);
     void (*scale[2])(const float *x, float scale, void *out, int64_t count);
-    void (*stretch[2])(void *y, const pair_t *pairs, int64_t some, const int64_t *row_of, int64_t columns, const void *excess,
-                       int64_t count);
+    void (*gain[2])(const void *x, const void *weight, float offset, float eps, void *out, int64_t count,
+                    const pair_t *pairs, int64_t some, const values_t *gains);
+    void (*change[2])(void *x, const pair_t *pairs, int64_t some, const change_t *change, int64_t count, float *wide);
     void (*widen_row)(const uint16_t *from, float *to, int64_t count);
     void (*narrow_row)(const float *from, uint16_t *to, int64_t count);
     void (*widen_4)(const uint8_t *codes, const float *levels, const float *scales, const float *offsets, int64_t inputs,
@@ -137,7 +169,8 @@ typedef struct {
         {NAME(expand_FP32), NAME(expand_BF16), NAME(expand_FP16)}, \
         {NAME(attend_FP32), NAME(attend_BF16)}, {NAME(norm_FP32), NAME(norm_BF16)}, \
         {NAME(add_FP32), NAME(add_BF16)}, {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, \
-        {NAME(round_FP32), NAME(round_BF16)}, {NAME(scale_FP32), NAME(scale_BF16)}, {NAME(stretch_FP32), NAME(stretch_BF16)}, \
+        {NAME(round_FP32), NAME(round_BF16)}, {NAME(scale_FP32), NAME(scale_BF16)}, \
+        {NAME(gain_FP32), NAME(gain_BF16)}, {NAME(change_FP32), NAME(change_BF16)}, \
         NAME(widen_row), NAME(narrow_row), NAME(widen_4), NAME(widen_8) }
 #define V4(x) x##_v4
 #define V3(x) x##_v3
@@ -421,22 +454,59 @@ void mg_scale(const float *x, const float *scales, int64_t rows, int64_t count, 
         fast->scale[type](x + n * count, scales[n], moved(out, n * count, type), count);
 }
 
-/* y[t] *= 1 + sum_k g_k excess[row_of[k]], for those of a token's adapters k that have a row; -1: none. A token that carries
-   none of them keeps its bits. y: (tokens, features), rows y_row apart; excess: (rows, features), side by side; both of `type`. */
-void mg_stretch(void *y, int64_t y_row, int64_t features, int type, const run_t *runs, int64_t run_count, const pair_t *pairs,
-                const void *excess, const int64_t *row_of, int64_t columns, int threads) {
+static int has_values(const values_t *values, const pair_t *pairs, int64_t some) {
+    for (const pair_t *pair = pairs; pair < pairs + some; pair++)
+        if (row_of(pair, values) >= 0) return 1;
+    return 0;
+}
+
+static int changes(const change_t *change, const pair_t *pairs, int64_t some) {
+    int any = has_values(&change->scale, pairs, some) || has_values(&change->bias, pairs, some);
+    for (int64_t n = 0; n < change->turn_count; n++) any |= has_values(&change->turns[n].blocks, pairs, some);
+    return any;
+}
+
+/* Each token t of the runs for which `used` holds, shared out among the threads. */
+#define FOR_TOKENS(run, t, used)                                                                                    \
+    int64_t work = 0;                                                                                               \
+    for (const run_t *run = runs; run < runs + run_count; run++)                                                    \
+        for (int64_t t = run->first; used && t < run->first + run->count; t++)                                      \
+            if (work++ % omp_get_num_threads() == omp_get_thread_num())
+
+/* Where they are: see change_t. A token that carries none of the adapters keeps its bits. x: (tokens, features), rows x_row
+   apart, of `type`, as the values are. Returns 0, or -1 when there is no memory. */
+int mg_change(void *x, int64_t x_row, int64_t features, int type, const run_t *runs, int64_t run_count, const pair_t *pairs,
+              const change_t *change, int threads) {
     const loops_t *const fast = loops();
-    int64_t work = 0;
-    for (int64_t n = 0; n < run_count; n++) work += runs[n].count * features;
-#pragma omp parallel for num_threads(threads_for(work, threads)) schedule(static)
-    for (int64_t n = 0; n < run_count; n++) {
-        const run_t *const run = runs + n;
-        const pair_t *const own = pairs + run->first_pair;
-        int carries = 0;
-        for (const pair_t *pair = own; pair < own + run->pairs; pair++)
-            carries |= pair->column < columns && row_of[pair->column] >= 0 && pair->gate != 0;
-        for (int64_t t = run->first; carries && t < run->first + run->count; t++)
-            fast->stretch[type](moved(y, t * y_row, type), own, run->pairs, row_of, columns, excess, features);
+    int64_t carrying = 0;
+    int failed = 0;
+    for (const run_t *run = runs; run < runs + run_count; run++)
+        if (changes(change, pairs + run->first_pair, run->pairs)) carrying += run->count;
+    if (!carrying) return 0;
+#pragma omp parallel num_threads(threads_for(carrying * features, threads))
+    {
+        float *const wide = room(2 * features);
+        if (!wide) failed = -1;
+        FOR_TOKENS(run, t, wide && changes(change, pairs + run->first_pair, run->pairs))
+            fast->change[type](moved(x, t * x_row, type), pairs + run->first_pair, run->pairs, change, features, wide);
+    }
+    return failed;
+}
+
+/* What mg_norm gives, once more for the tokens whose adapters change the weight: to it add sum_k g_k gains_k. x and out:
+   (tokens, features), side by side. */
+void mg_gain(const void *x, int64_t features, const void *weight, float offset, float eps, void *out, int type,
+             const run_t *runs, int64_t run_count, const pair_t *pairs, const values_t *gains, int threads) {
+    const loops_t *const fast = loops();
+    int64_t carrying = 0;
+    for (const run_t *run = runs; run < runs + run_count; run++)
+        if (has_values(gains, pairs + run->first_pair, run->pairs)) carrying += run->count;
+    if (!carrying) return;
+#pragma omp parallel num_threads(threads_for(carrying * features, threads))
+    {
+        FOR_TOKENS(run, t, has_values(gains, pairs + run->first_pair, run->pairs))
+            fast->gain[type](moved(x, t * features, type), weight, offset, eps, moved(out, t * features, type), features,
+                             pairs + run->first_pair, run->pairs, gains);
     }
 }
 
@@ -587,6 +657,9 @@ typedef struct {
     float before_eps, behind_eps, before_offset, behind_offset;
 } layer_t;
 
+/* Where adapters can do more than add low-rank terms, in a layer: the members of its products, then its norms. */
+enum { AT_QUERY, AT_KEY, AT_VALUE, AT_O, AT_GATE, AT_UP, AT_DOWN, AT_BEFORE, AT_BEHIND, SITES };
+
 /* What all layers of a step share: T tokens, each with the positions that it sees, its own the last of them. */
 typedef struct {
     int64_t tokens, features, heads, kv_heads, dim, inner; /* features of the stream; inner ones of an MLP */
@@ -594,63 +667,151 @@ typedef struct {
     int64_t rotated;
     const int64_t *places, *blocks, *lengths; /* of the tokens */
     int64_t rows, width, block_size; /* rows: of the cache */
-    const run_t *runs;               /* of the low-rank terms; no runs: no adapters */
+    const run_t *runs;               /* no runs: no adapters */
     int64_t run_count;
     const pair_t *pairs;
     const terms_t *held; /* (groups, columns) */
     int64_t groups, columns;
-    float scale, least; /* of the attention's scores; of the scale of a token in bytes */
+    const site_t *const *sites; /* (layers, SITES), each of them or the whole may be NULL */
+    float scale, least;         /* of the attention's scores; of the scale of a token in bytes */
 } decode_t;
 
-/* y = W x and the low-rank terms of its members, which are columns of y from firsts[m] on. spare: room for a scale and
-   `inputs` bytes for each token. */
-static int multiply_with_terms(const decode_t *step, const uint16_t *x, int64_t inputs, const weight_t *weight, int64_t outputs,
-                               uint16_t *y, const int64_t *firsts, int64_t members, void *spare, int threads) {
+/* Linears that read the same input, one product. Their outputs are its columns from firsts[m] on. */
+typedef struct {
+    int64_t members, inputs;
+    const int64_t *firsts; /* and behind them the number of all outputs */
+} shape_t;
+
+/* y = W x. spare: room for a float and `inputs` bytes for each token. */
+static void multiply_tokens(const decode_t *step, const uint16_t *x, int64_t tokens, const shape_t *shape,
+                            const weight_t *weight, uint16_t *y, void *spare, int threads) {
+    const int64_t inputs = shape->inputs, outputs = shape->firsts[shape->members];
+    if (!weight->scales) {
+        mg_multiply(x, inputs, tokens, weight->weight, inputs, outputs, y, threads);
+        return;
+    }
+    float *const x_scales = spare;
+    uint8_t *const codes = (uint8_t *)(x_scales + tokens);
+    mg_round(x, inputs, tokens, inputs, codes, x_scales, step->least, BF16, threads);
+    mg_multiply_bytes(codes, x_scales, tokens, weight->weight, weight->scales, weight->sums, inputs, outputs, y, BF16, threads);
+}
+
+/* Each token t of a member m whose input adapters change, the n-th of all. */
+#define FOR_CHANGED(m, run, t, n)                                                                                   \
+    int64_t n = 0;                                                                                                  \
+    for (int64_t m = 0; m < shape->members; m++)                                                                    \
+        for (const run_t *run = step->runs; sites[m] && run < step->runs + step->run_count; run++)                  \
+            for (int64_t t = run->first, carries = changes(&sites[m]->in, step->pairs + run->first_pair, run->pairs); \
+                 carries && t < run->first + run->count; t++, n++)
+
+/* y = W x' of Linears that read the same input. The tokens whose input some adapter changes, for one of them, ride behind the
+   step's, in x and in y, which have room for that. Returns 0, or -1 when there is no memory. */
+static int multiply_beside(const decode_t *step, uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
+                           const site_t *const *sites, void *spare, int threads) {
+    const loops_t *const fast = loops();
+    const int64_t T = step->tokens, inputs = shape->inputs, outputs = shape->firsts[shape->members];
+    int64_t all = 0;
+    int failed = 0;
+    {
+        FOR_CHANGED(m, run, t, n) all++;
+    }
+#pragma omp parallel num_threads(threads_for(all * inputs, threads))
+    {
+        float *const wide = room(2 * inputs);
+        if (!wide) failed = -1;
+        FOR_CHANGED(m, run, t, n)
+            if (wide && n % omp_get_num_threads() == omp_get_thread_num()) {
+                uint16_t *const own = x + (T + n) * inputs;
+                memcpy(own, x + t * inputs, inputs * sizeof *x);
+                fast->change[BF16](own, step->pairs + run->first_pair, run->pairs, &sites[m]->in, inputs, wide);
+            }
+    }
+    multiply_tokens(step, x, T + all, shape, weight, y, spare, threads);
+    FOR_CHANGED(m, run, t, n)
+        memcpy(y + t * outputs + shape->firsts[m], y + (T + n) * outputs + shape->firsts[m],
+               (shape->firsts[m + 1] - shape->firsts[m]) * sizeof *y);
+    return failed;
+}
+
+/* y = W x' of a Linear alone. changed: room for x. */
+static int multiply_alone(const decode_t *step, const uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
+                          const site_t *site, uint16_t *changed, void *spare, int threads) {
+    int failed = 0;
+    if (site && (site->in.scale.columns || site->in.turn_count)) {
+        memcpy(changed, x, step->tokens * shape->inputs * sizeof *x);
+        failed = mg_change(changed, shape->inputs, shape->inputs, BF16, step->runs, step->run_count, step->pairs, &site->in,
+                           threads);
+        x = changed;
+    }
+    multiply_tokens(step, x, step->tokens, shape, weight, y, spare, threads);
+    return failed;
+}
+
+/* A product, and all that adapters do at its members. */
+static int multiply_with_adapters(const decode_t *step, uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
+                                  const site_t *const *sites, uint16_t *changed, void *spare, int threads) {
     void *places[MEMBERS];
     int64_t rows[MEMBERS];
-    const int64_t tokens = step->tokens;
-    if (weight->scales) {
-        float *const x_scales = spare;
-        uint8_t *const codes = (uint8_t *)(x_scales + tokens);
-        mg_round(x, inputs, tokens, inputs, codes, x_scales, step->least, BF16, threads);
-        mg_multiply_bytes(codes, x_scales, tokens, weight->weight, weight->scales, weight->sums, inputs, outputs, y, BF16,
-                          threads);
-    } else {
-        mg_multiply(x, inputs, tokens, weight->weight, inputs, outputs, y, threads);
+    const int64_t outputs = shape->firsts[shape->members];
+    int failed = 0;
+    if (!sites) multiply_tokens(step, x, step->tokens, shape, weight, y, spare, threads);
+    else if (shape->members > 1) failed = multiply_beside(step, x, shape, weight, y, sites, spare, threads);
+    else failed = multiply_alone(step, x, shape, weight, y, sites[0], changed, spare, threads);
+    for (int64_t m = 0; m < shape->members; m++) {
+        places[m] = y + shape->firsts[m], rows[m] = outputs;
+        if (sites && sites[m])
+            failed |= mg_change(places[m], outputs, shape->firsts[m + 1] - shape->firsts[m], BF16, step->runs, step->run_count,
+                                step->pairs, &sites[m]->out, threads);
     }
-    if (!step->run_count || weight->group >= step->groups) return 0;
-    for (int64_t m = 0; m < members; m++) places[m] = y + firsts[m], rows[m] = outputs;
-    return mg_lowrank(x, inputs, tokens, inputs, BF16, places, rows, members, step->runs, step->run_count, step->pairs,
-                      step->held + weight->group * step->columns, threads);
+    if (!step->run_count || weight->group >= step->groups) return failed;
+    return failed | mg_lowrank(x, shape->inputs, step->tokens, shape->inputs, BF16, places, rows, shape->members, step->runs,
+                               step->run_count, step->pairs, step->held + weight->group * step->columns, threads);
+}
+
+/* What adapters do to a norm of the stream. */
+static void add_gains(const decode_t *step, const site_t *site, const uint16_t *stream, const void *weight, float offset,
+                      float eps, uint16_t *out, int threads) {
+    if (site)
+        mg_gain(stream, step->features, weight, offset, eps, out, BF16, step->runs, step->run_count, step->pairs, &site->gain,
+                threads);
 }
 
 /* Layers one after the other, in bf16, as server/model/fused.py has them: an attention of a norm, then an MLP of a norm are
    added to the stream (tokens, features). What the last MLP makes is left in `pending` (tokens, features), not yet added.
-   work: room for tokens * (features + (heads + 2 * kv_heads) * dim + heads * dim + 3 * inner) numbers of bf16, and behind
-   them for a float and as many bytes as any of these products has inputs, for each token.
-   Returns 0, or -1 when there is no memory. */
+   work: bf16 numbers, room of which server/model/decode.py speaks. T' are the tokens and those whose inputs some adapter
+   changes: `most` at most. Returns 0, or -1 when there is no memory. */
 int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, uint16_t *stream, uint16_t *pending, uint16_t *work,
-              int threads) {
+              int64_t most, int threads) {
     const int64_t T = step->tokens, E = step->features, F = step->inner, Q = step->heads * step->dim;
-    const int64_t K = step->kv_heads * step->dim, qkv[] = {0, Q, Q + K}, gate_up[] = {0, F};
-    uint16_t *const x = work, *const made = x + T * E, *const seen = made + T * (Q + 2 * K), *const both = seen + T * Q;
-    uint16_t *const inner = both + T * 2 * F, *const spare = inner + T * F;
+    const int64_t K = step->kv_heads * step->dim, widest = Q > F ? Q : F;
+    const shape_t qkv = {3, E, (int64_t[]){0, Q, Q + K, Q + 2 * K}}, o = {1, Q, (int64_t[]){0, E}};
+    const shape_t gate_up = {2, E, (int64_t[]){0, F, 2 * F}}, down = {1, F, (int64_t[]){0, E}};
+    uint16_t *const x = work, *const made = x + most * E, *const seen = made + most * (Q + 2 * K), *const both = seen + T * Q;
+    uint16_t *const inner = both + most * 2 * F, *const changed = inner + T * F, *const spare = changed + T * widest;
     int failed = 0;
-    for (const layer_t *layer = layers; layer < layers + count; layer++) {
-        if (layer == layers)
-            mg_norm(stream, E, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
-        else
-            mg_add_and_norm(pending, stream, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
-        failed |= multiply_with_terms(step, x, E, &layer->qkv, Q + 2 * K, made, qkv, 3, spare, threads);
+    for (int64_t n = 0; n < count; n++) {
+        const layer_t *const layer = layers + n;
+        const site_t *const *const sites = step->sites ? step->sites + n * SITES : NULL;
+        if (!n) mg_norm(stream, E, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
+        else mg_add_and_norm(pending, stream, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
+        if (sites)
+            add_gains(step, sites[AT_BEFORE], stream, layer->before, layer->before_offset, layer->before_eps, x, threads);
+        failed |= multiply_with_adapters(step, x, &qkv, &layer->qkv, made, sites ? sites + AT_QUERY : NULL, changed, spare,
+                                         threads);
         failed |= mg_begin_attention(made, layer->bias, T, step->heads, step->kv_heads, step->dim, step->cos, step->sin,
                                      step->rotated, step->places, layer->keys, layer->values, step->rows, BF16, T,
                                      step->blocks, step->width, step->lengths, step->block_size, layer->window, step->scale,
                                      seen, threads);
-        failed |= multiply_with_terms(step, seen, Q, &layer->o, E, pending, qkv, 1, spare, threads);
+        failed |= multiply_with_adapters(step, seen, &o, &layer->o, pending, sites ? sites + AT_O : NULL, changed, spare,
+                                         threads);
         mg_add_and_norm(pending, stream, T, E, layer->behind, layer->behind_offset, layer->behind_eps, x, BF16, threads);
-        failed |= multiply_with_terms(step, x, E, &layer->gate_up, 2 * F, both, gate_up, 2, spare, threads);
+        if (sites)
+            add_gains(step, sites[AT_BEHIND], stream, layer->behind, layer->behind_offset, layer->behind_eps, x, threads);
+        failed |= multiply_with_adapters(step, x, &gate_up, &layer->gate_up, both, sites ? sites + AT_GATE : NULL, changed,
+                                         spare, threads);
         mg_swiglu(both, 2 * F, both + F, 2 * F, T, F, inner, BF16, threads);
-        failed |= multiply_with_terms(step, inner, F, &layer->down, E, pending, gate_up, 1, spare, threads);
+        failed |= multiply_with_adapters(step, inner, &down, &layer->down, pending, sites ? sites + AT_DOWN : NULL, changed,
+                                         spare, threads);
     }
     return failed;
 }

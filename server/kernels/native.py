@@ -11,8 +11,6 @@ import importlib.machinery
 import logging
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch  # before the library is loaded, which shares its OpenMP threads
 from torch import Tensor
 
@@ -48,10 +46,13 @@ _SIGNATURES = {
         *(_POINTER, _POINTER, _FLOAT, _TYPE, _TYPE),  # codes, scales
     ),
     "mg_scale": (_POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
-    "mg_stretch": (
-        *(_POINTER, _INTEGER, _INTEGER, _TYPE),  # y, features
-        *(_POINTER, _INTEGER, _POINTER),  # runs, pairs
-        *(_POINTER, _POINTER, _INTEGER, _TYPE),  # excess, rows of the columns
+    "mg_change": (
+        *(_POINTER, _INTEGER, _INTEGER, _TYPE),  # x, features
+        *(_POINTER, _INTEGER, _POINTER, _POINTER, _TYPE),  # runs, pairs, change
+    ),
+    "mg_gain": (
+        *(_POINTER, _INTEGER, _POINTER, _FLOAT, _FLOAT, _POINTER, _TYPE),  # x, weight, out
+        *(_POINTER, _INTEGER, _POINTER, _POINTER, _TYPE),  # runs, pairs, gains
     ),
     "mg_rotate_and_store": (
         *(_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER),  # query, key, value
@@ -86,7 +87,7 @@ _SIGNATURES = {
         *(_POINTER, _INTEGER, _INTEGER),  # x
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # weight, inputs, outputs, y
     ),
-    "mg_decode": (_POINTER, _POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _TYPE),
+    "mg_decode": (_POINTER, _POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER, _TYPE),
     "mg_few_bits": (
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # x, y
         *(_POINTER, _POINTER, _POINTER, _POINTER),  # codes, levels, scales, offsets
@@ -96,7 +97,8 @@ _SIGNATURES = {
 
 _RESULTS = {
     **dict.fromkeys(
-        ("mg_lowrank", "mg_attend", "mg_begin_attention", "mg_decode", "mg_few_bits", "mg_has_tiles"), _TYPE
+        ("mg_lowrank", "mg_change", "mg_attend", "mg_begin_attention", "mg_decode", "mg_few_bits", "mg_has_tiles"),
+        _TYPE,
     ),
     "mg_tiled_size": _INTEGER,
 }
@@ -285,27 +287,6 @@ def scale_rows(y_TO: Tensor, scales_T: Tensor, dtype: torch.dtype) -> Tensor:
         y_TO.data_ptr(), scales_T.data_ptr(), *y_TO.shape, out_TO.data_ptr(), TYPES[dtype], torch.get_num_threads()
     )
     return out_TO
-
-
-def stretch(y_TF: Tensor, runs: tuple[int, int, int], excess_NF: Tensor, rows_K: npt.NDArray[np.int64]) -> None:
-    """y *= 1 + sum_k g_k excess[rows[k]], where it is; adapter k has no row where that is -1.
-
-    `runs` are the places of a `server.kernels.gathered.Runs` over the T tokens. One dtype, rounded once. Rows of y may
-    lie apart.
-    """
-    assert LIBRARY is not None and y_TF.stride(1) == 1
-    assert excess_NF.is_contiguous() and excess_NF.dtype == y_TF.dtype and excess_NF.shape[1] == y_TF.shape[1]
-    LIBRARY.mg_stretch(
-        y_TF.data_ptr(),
-        y_TF.stride(0),
-        y_TF.shape[1],
-        TYPES[y_TF.dtype],
-        *runs,
-        excess_NF.data_ptr(),
-        rows_K.ctypes.data,
-        len(rows_K),
-        torch.get_num_threads(),
-    )
 
 
 def rotate_and_store(

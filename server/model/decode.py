@@ -1,19 +1,21 @@
 """All layers of a step as one native call: of decodes, and of prompts that are short.
 
 So a step costs its products and its attention, and no interpreter between them. It is for decoders that are native
-altogether (`server.model.fused`), whose products are in tiles, and for adapters with low-rank terms alone; everything
-else goes through the layers one by one, which are its plain loop. Every token of a prompt is attended as if it were
-decoded; where there are many, or they see much, torch's attention is faster.
+altogether (`server.model.fused`), whose products are in tiles, and for adapters that native functions know: low-rank
+terms, and what `server.kernels.changes` has. Everything else goes through the layers one by one, which are its plain
+loop. Every token of a prompt is attended as if it were decoded; where there are many, or they see much, torch's
+attention is faster.
 
 T tokens, E features, H query heads, K KV heads, D head dimension, F inner features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from server.model.attention import AttentionPlan
 from server.model.grafted import GraftedNorm, Joint, check_count
 from server.model.kv import KvCache
 from server.model.norms import NativeNorm
-from server.primitives.site import Active
+from server.primitives.site import Active, SiteOperand
 
 # As weight_t, layer_t and decode_t in native.c.
 PRODUCTS = ("qkv", "o", "gate_up", "down")
@@ -48,11 +50,22 @@ STEP = np.dtype(
         ("run_count", "i8"),
         *((name, "u8") for name in ("pairs", "held")),
         *((name, "i8") for name in ("groups", "columns")),
+        ("sites", "u8"),
         *((name, "f4") for name in ("scale", "least")),
     ]
 )
 
 MOST_SEEN = 1 << 15  # positions that all tokens of a step's prompts see
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Where what a step's adapters do beside low-rank terms lies: (layers, places) of site_t, 0 for nothing."""
+
+    operands: Mapping[str, SiteOperand]
+    known: bool = True  # whether the native functions know all of it
+    table: npt.NDArray[np.uint64] | None = None  # None: nothing in the layers
+    changed: int = 0  # Linears that read the same input, of which they change it, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +109,17 @@ class Decode:
         self._heads = first.qkv.members[0].end // first.dim
         self._inner = first.gate_up.members[0].end
         self._cache: KvCache | None = None
+        self._names = [_names(layer) for layer in layers]
+        self._sites = Sites({})
 
     def serves(self, plan: AttentionPlan) -> bool:
-        """Whether the step's prompts see little, and its adapters are low-rank terms alone."""
+        """Whether the step's prompts see little, and the native functions know what its adapters do in the layers."""
         seen = sum(span.count * span.length for span in plan.spans)
-        return seen <= MOST_SEEN and not self._active.operands and self._active.routes is None
+        if seen > MOST_SEEN or self._active.routes is not None:
+            return False
+        if self._sites.operands is not self._active.operands:
+            self._sites = self._find_sites(self._active.operands)
+        return self._sites.known
 
     def compute(self, stream_TE: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         """What the last MLP adds to the stream, which has all else by then. bf16. Raises: MemoryError."""
@@ -111,20 +130,26 @@ class Decode:
         lengths_T, blocks_TN = _as_decodes(plan)
         self._note_cache(plan.cache)
         kv_heads, rows, dim = plan.cache.keys[self._layers[0].number].shape
-        held, runs = (0, 0, 0), (0, 0, 0)
-        if self._active.gathered is not None and self._active.gates is not None:
+        held, runs, sites = (0, 0, 0), (0, 0, 0), 0
+        if self._active.gates is not None:
             check_count(self._layers[0].qkv.members[0].name, tokens, self._active.gates)
-            held, runs = self._active.gathered.places, self._active.gates.runs.places
+            runs = self._active.gates.runs.places
+            if self._active.gathered is not None:
+                held = self._active.gathered.places
+            if self._sites.table is not None:
+                sites = self._sites.table.ctypes.data
         self._step[0] = (
             *(tokens, features, self._heads, kv_heads, dim, self._inner),
             *(cos_TR.data_ptr(), sin_TR.data_ptr(), cos_TR.shape[1]),
             *(plan.rows_T.data_ptr(), blocks_TN.data_ptr(), lengths_T.data_ptr()),
             *(rows, blocks_TN.shape[1], plan.cache.block_size),
-            *(*runs, *held, self._layers[0].scale, SMALLEST),
+            *(*runs, *held, sites, self._layers[0].scale, SMALLEST),
         )
-        attended = (2 * self._heads + 2 * kv_heads) * dim
-        codes = max(features, self._heads * dim, self._inner) // 2 + 3  # and a scale
-        work = torch.empty(tokens * (features + attended + 3 * self._inner + codes), dtype=torch.bfloat16)
+        query, most = self._heads * dim, tokens * (1 + self._sites.changed)
+        by_row = features + query + 2 * kv_heads * dim + 2 * self._inner + max(features, query, self._inner) // 2 + 3
+        work = torch.empty(
+            most * by_row + tokens * (query + self._inner + max(query, self._inner)), dtype=torch.bfloat16
+        )
         pending_TE = torch.empty_like(stream_TE)
         failed = native.LIBRARY.mg_decode(
             self._step.ctypes.data,
@@ -133,6 +158,7 @@ class Decode:
             stream_TE.data_ptr(),
             pending_TE.data_ptr(),
             work.data_ptr(),
+            most,
             torch.get_num_threads(),
         )
         if failed:
@@ -140,11 +166,35 @@ class Decode:
         plan.seen += len(self._layers)
         return pending_TE
 
+    def _find_sites(self, operands: Mapping[str, SiteOperand]) -> Sites:
+        table = np.zeros((len(self._layers), len(self._names[0])), np.uint64)
+        changed = 0
+        for row, layer, names in zip(table, self._layers, self._names, strict=True):
+            own = {name: operands[name] for name in names if name in operands}
+            norms = layer.before.name, layer.behind.name
+            if not all(operand.is_gain if name in norms else operand.is_in_place for name, operand in own.items()):
+                return Sites(operands, known=False)
+            row[:] = [_address(own.get(name)) for name in names]
+            for joint in (layer.qkv, layer.gate_up):
+                inputs = [member.name in own and bool(own[member.name].input_layout) for member in joint.members]
+                changed = max(changed, sum(inputs))
+        return Sites(operands, table=table if table.any() else None, changed=changed)
+
     def _note_cache(self, cache: KvCache) -> None:
         if cache is not self._cache:
             self._table["keys"] = [cache.keys[layer.number].data_ptr() for layer in self._layers]
             self._table["values"] = [cache.values[layer.number].data_ptr() for layer in self._layers]
             self._cache = cache
+
+
+def _names(layer: Parts) -> list[str]:
+    """In the order of native.c: the members of its products, then its norms."""
+    members = [member.name for joint in _joints(layer) for member in joint.members]
+    return [*members, layer.before.name, layer.behind.name]
+
+
+def _address(operand: SiteOperand | None) -> int:
+    return 0 if operand is None or operand.changes is None else operand.changes.address
 
 
 def _as_decodes(plan: AttentionPlan) -> tuple[Tensor, Tensor]:

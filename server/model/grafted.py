@@ -111,49 +111,79 @@ class Joint:
 
     def compute(self, x_TI: Tensor) -> list[Tensor]:
         """y (T, O) of every member, in order; nobody else holds them."""
-        gates = self._gates_of(self._active)
-        changed = {} if gates is None else self._changed_inputs(x_TI, gates)
-        y_TO, of_changed = self._multiply(x_TI, changed)
-        outputs = [y_TO] if len(self.members) == 1 else list(torch.split_with_sizes(y_TO, self._widths, 1))
-        for place, y_nO in of_changed.items():
-            member = self.members[place]
-            outputs[place].index_copy_(0, changed[place].tokens_n, y_nO[:, member.first : member.end])
-        whole = gates is None or self._add_adapters(x_TI, outputs, gates)
-        if self.bias is None:
-            return outputs
-        if whole:
+        y_TO = self._compute_in_place(x_TI)
+        if y_TO is None:
+            return self._compute_apart(x_TI)
+        if self.bias is not None:
             y_TO += self.bias
-            return outputs
+        return self._columns(y_TO)
+
+    def side_by_side(self, x_TI: Tensor) -> Tensor | None:
+        """y (T, O) of all members without the base's bias; None where adapters do more than change it where it is."""
+        return None if self._active.routes is not None else self._compute_in_place(x_TI)
+
+    def _compute_in_place(self, x_TI: Tensor) -> Tensor | None:
+        active, gates = self._active, self._gates_of(self._active)
+        if gates is None:
+            return self.product(x_TI)
+        operands = {
+            place: active.operands[member.name]
+            for place, member in enumerate(self.members)
+            if member.name in active.operands
+        }
+        if not all(operand.is_in_place for operand in operands.values()):
+            return None
+        if operands or self._has_terms:
+            check_count(self.members[0].name, x_TI.shape[0], gates)
+        if operands and len(self.members) == 1:
+            y_TO = self.product(before_product(x_TI, gates, operands[0]) if operands[0].input_layout else x_TI)
+        else:
+            y_TO = self._multiply(x_TI, gates)
+        outputs = self._columns(y_TO)
+        for place, operand in operands.items():
+            after_product(outputs[place], x_TI, gates, operand)
+        if active.gathered is not None and self._has_terms:
+            active.gathered.add_side_by_side(self.group, x_TI, y_TO, self._firsts, gates.runs)
+        return y_TO
+
+    def _compute_apart(self, x_TI: Tensor) -> list[Tensor]:
+        """Each member's outputs in a tensor of their own, where adapters replace some."""
+        active, gates = self._active, self._gates_of(self._active)
+        assert gates is not None
+        check_count(self.members[0].name, x_TI.shape[0], gates)
+        outputs = self._columns(self._multiply(x_TI, gates))
+        for place, member in enumerate(self.members):
+            if member.name in active.operands:
+                outputs[place] = after_product(outputs[place], x_TI, gates, active.operands[member.name])
+        if active.gathered is not None and self._has_terms:
+            active.gathered.add(self.group, x_TI, outputs, gates.runs)
         return [
             y if member.bias_O is None else y + member.bias_O for y, member in zip(outputs, self.members, strict=True)
         ]
 
-    def side_by_side(self, x_TI: Tensor) -> Tensor | None:
-        """y (T, O) of all members without the base's bias; None where adapters do more than add low-rank terms."""
-        active = self._active
-        if active.routes is not None or any(member.name in active.operands for member in self.members):
-            return None
-        y_TO = self.product(x_TI)
-        gates = self._gates_of(active)
-        if gates is not None and active.gathered is not None and active.gathered.acts(self.group):
-            check_count(self.members[0].name, x_TI.shape[0], gates)
-            active.gathered.add_side_by_side(self.group, x_TI, y_TO, self._firsts, gates.runs)
-        return y_TO
+    @property
+    def _has_terms(self) -> bool:
+        return self._active.gathered is not None and self._active.gathered.acts(self.group)
 
-    def _add_adapters(self, x_TI: Tensor, outputs: list[Tensor], gates: Gates) -> bool:
-        """Whether the outputs are still columns of the product, and none had to be replaced."""
-        active, whole = self._active, True
-        for place, member in enumerate(self.members):
-            operand = active.operands.get(member.name)
-            if operand is not None:
-                check_count(member.name, x_TI.shape[0], gates)
-                y_TO = after_product(outputs[place], x_TI, gates, operand)
-                whole = whole and y_TO is outputs[place]
-                outputs[place] = y_TO
-        if active.gathered is not None and active.gathered.acts(self.group):
-            check_count(self.members[0].name, x_TI.shape[0], gates)
-            active.gathered.add(self.group, x_TI, outputs, gates.runs)
-        return whole
+    def _columns(self, y_TO: Tensor) -> list[Tensor]:
+        return [y_TO] if len(self.members) == 1 else list(torch.split_with_sizes(y_TO, self._widths, 1))
+
+    def _multiply(self, x_TI: Tensor, gates: Gates) -> Tensor:
+        """W x, or W x' of the members and tokens whose input adapters change.
+
+        In one product where a row's answer is the same to the bit in any company.
+        """
+        changed = self._changed_inputs(x_TI, gates)
+        inputs = [one.x_nI for one in changed.values()]
+        if changed and isinstance(self.product, Tiled | Int8Tiled):
+            y_TO, *made = self.product(torch.cat([x_TI, *inputs])).split([len(x_TI), *map(len, inputs)])
+        else:
+            y_TO, made = self.product(x_TI), [self.product(x_nI) for x_nI in inputs]
+        outputs = self._columns(y_TO)
+        for (place, one), y_nO in zip(changed.items(), made, strict=True):
+            member = self.members[place]
+            outputs[place].index_copy_(0, one.tokens_n, y_nO[:, member.first : member.end])
+        return y_TO
 
     def _changed_inputs(self, x_TI: Tensor, gates: Gates) -> dict[int, Changed]:
         """By a member's place, for the tokens whose input some adapter changes there; the others keep their W x."""
@@ -162,22 +192,10 @@ class Joint:
             operand = self._active.operands.get(member.name)
             if operand is None or not operand.input_layout:
                 continue
-            check_count(member.name, x_TI.shape[0], gates)
             tokens_n, own = gates.carrying(operand.input_layout)
             if len(tokens_n):  # none: those that did have left the batch
                 changed[place] = Changed(tokens_n, before_product(x_TI.index_select(0, tokens_n), own, operand))
         return changed
-
-    def _multiply(self, x_TI: Tensor, changed: Mapping[int, Changed]) -> tuple[Tensor, dict[int, Tensor]]:
-        """W x, and W x' by place. At once where a row's answer is the same to the bit in any company."""
-        if not changed:
-            return self.product(x_TI), {}
-        inputs = [one.x_nI for one in changed.values()]
-        if isinstance(self.product, Tiled | Int8Tiled):
-            y_TO, *made = self.product(torch.cat([x_TI, *inputs])).split([len(x_TI), *map(len, inputs)])
-        else:
-            y_TO, made = self.product(x_TI), [self.product(x_nI) for x_nI in inputs]
-        return y_TO, dict(zip(changed, made, strict=True))
 
 
 class GraftedLinear(nn.Module):
@@ -248,19 +266,29 @@ class GraftedNorm(nn.Module):
         self.active = active
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.compute(x)
+        return self._with_adapters(x, self.compute(x))
+
+    def of_sum(self, x: Tensor, y: Tensor) -> Tensor:
+        """What `forward` gives for y + x, which y becomes."""
+        if self.fast is None or not (x.is_contiguous() and y.is_contiguous()):
+            return self.forward(y.add_(x))
+        return self._with_adapters(y, self.fast.of_sum(x, y))
+
+    def _with_adapters(self, x: Tensor, y: Tensor) -> Tensor:
+        """From what the base's norm gives for x, which may become it."""
         operand = self.active.operands.get(self.name)
         gates = self.active.gates
         if operand is None or gates is None:
             return y
         check_count(self.name, x.shape[self.axis], gates)
+        by_token = x.shape[:-1].numel() == x.shape[self.axis] and x.is_contiguous() and y.is_contiguous()
+        if self.fast is not None and by_token and operand.changes is not None and operand.is_gain:
+            rows = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            operand.changes.change_norm(
+                *rows, gates.runs, self.fast.weight_F, offset=self.fast.offset, eps=self.fast.eps
+            )
+            return y
         return apply_norm(y, lambda: self.unit(x), gates, operand, axis=self.axis)
-
-    def of_sum(self, x: Tensor, y: Tensor) -> Tensor:
-        """What `forward` gives for y + x, which y becomes."""
-        if self.fast is None or self.name in self.active.operands or not (x.is_contiguous() and y.is_contiguous()):
-            return self.forward(y.add_(x))
-        return self.fast.of_sum(x, y)
 
 
 @contextmanager

@@ -11,12 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from server.kernels import native
 from server.primitives.gates import Gates
 
 
@@ -36,24 +33,16 @@ class ScaleOperand:
     excess_NF: Tensor
     layout: tuple[int, ...]
     columns_N: Tensor
-    rows_K: npt.NDArray[np.int64]  # of a column's excess; -1: it has none
 
 
 def pack(values: Sequence[tuple[int, Scale]]) -> ScaleOperand:
     layout = tuple(column for column, _ in values)
     excess_NF = torch.stack([value.excess_F for _, value in values])
-    assert len(set(layout)) == len(layout), "an adapter has one scale at one side of a Linear"
-    rows_K = np.full(max(layout) + 1, -1, np.int64)
-    rows_K[list(layout)] = np.arange(len(layout))
-    return ScaleOperand(excess_NF, layout, torch.tensor(layout, device=excess_NF.device), rows_K)
+    return ScaleOperand(excess_NF, layout, torch.tensor(layout, device=excess_NF.device))
 
 
-def apply(x_TF: Tensor, gates: Gates, operand: ScaleOperand, *, here: bool = False) -> Tensor:
-    """x * (1 + sum_k g_k (s_k - 1)). `here`: x may become the answer."""
-    if native.serves(x_TF.device, x_TF.dtype) and operand.excess_NF.dtype == x_TF.dtype:
-        made_TF = x_TF if here and x_TF.stride(1) == 1 else x_TF.clone(memory_format=torch.contiguous_format)
-        native.stretch(made_TF, gates.runs.places, operand.excess_NF, operand.rows_K)
-        return made_TF
+def apply(x_TF: Tensor, gates: Gates, operand: ScaleOperand) -> Tensor:
+    """x * (1 + sum_k g_k (s_k - 1))."""
     return x_TF * (1 + gates.spread(operand.layout, operand.columns_N) @ operand.excess_NF)
 
 

@@ -5,6 +5,8 @@ it is, and the base's packed products.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,11 +20,15 @@ from server.kernels.gathered import Gathered, Row, Runs, Term, tabulate
 from server.kernels.products import Half, Ordered, Plain, Tiled, fastest
 from server.model.attention import AttentionPlan, decode_gathered, decode_in_place
 from server.model.kv import KvCache
-from server.primitives import scale
+from server.primitives import bias, gain, rotate, scale
+from server.primitives.bias import Bias
+from server.primitives.gain import Gain
 from server.primitives.gates import Gates
 from server.primitives.lowrank import LowRank, apply_loop
 from server.primitives.prefix import LayerShape
+from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
+from server.primitives.site import SiteValue, pack_site
 
 CLOSE = 1e-4  # fp32, sums of up to a hundred products in another order
 CLOSE_BF16 = 2e-2  # one rounding of a result of size one to bf16, and one of a difference
@@ -39,6 +45,16 @@ def low_rank(generator: torch.Generator, rank: int, inputs: int, outputs: int, s
     A_RI = torch.randn(rank, inputs, generator=generator).to(stored)
     B_RO = torch.randn(rank, outputs, generator=generator).to(stored)
     return LowRank(A_RI, B_RO.t(), 0.25)
+
+
+@contextmanager
+def threads_of(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @built
@@ -88,12 +104,8 @@ def test_the_gathered_product_is_the_plain_loop(
     ]
     gathered = Gathered(rows)
     assert not gathered.acts(0) and not gathered.acts(2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_of(threads):
         gathered.add(1, x, ys, runs)
-    finally:
-        torch.set_num_threads(before)
     for y, wanted in zip(ys, expected, strict=True):
         close = CLOSE if activations == torch.float32 else CLOSE_BF16
         torch.testing.assert_close(y.double(), wanted, rtol=close, atol=close * inputs)
@@ -278,33 +290,123 @@ def test_a_row_of_zeros_or_of_what_is_no_number_keeps_to_itself_in_bytes() -> No
     assert scales[1].isnan() and scales[2] == torch.inf
 
 
+def some_turn(rng: torch.Generator, features: int, kind: int, dtype: torch.dtype) -> Rotate:
+    """Blocks of all features, of some dozen, of a few, or pairs half of everything apart."""
+    size, stride = ((features, 1), (features // 4, 1), (2, 1), (2, features // 2))[kind]
+    return Rotate(torch.randn(features // size, size, size, generator=rng).to(dtype), stride)
+
+
+@built
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 2**16),
+    counts=st.lists(st.integers(0, 7), min_size=1, max_size=4),
+    features=st.sampled_from([8, 20, 64, 132]),
+    kinds=st.lists(st.integers(0, 15), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_what_adapters_change_where_it_is_is_the_plain_loop(
+    seed: int, counts: list[int], features: int, kinds: list[int], dtype: torch.dtype
+) -> None:
+    """Scales, biases and rotations of every second column, in columns of a wider tensor."""
+    rng = torch.Generator().manual_seed(seed)
+    tokens = sum(counts)
+    whole = torch.randn(tokens, features + 5, generator=rng).to(dtype)
+    before, columns = whole.clone(), slice(2, 2 + features)
+    places = range(1, 2 * len(kinds), 2)
+    scales = {
+        k: torch.randn(features, generator=rng).to(dtype) for k, kind in zip(places, kinds, strict=True) if kind & 4
+    }
+    biases = {
+        k: torch.randn(features, generator=rng).to(dtype) for k, kind in zip(places, kinds, strict=True) if kind & 8
+    }
+    turns = {k: some_turn(rng, features, kind & 3, dtype) for k, kind in zip(places, kinds, strict=True) if k % 4 == 1}
+    values = [
+        (
+            k,
+            SiteValue(
+                scale_out=Scale(scales[k]) if k in scales else None,
+                bias=Bias(biases[k]) if k in biases else None,
+                rotate_out=turns.get(k),
+            ),
+        )
+        for k in places
+    ]
+    operand = pack_site(values, dtype)
+    rows = torch.randint(-2, 3, (len(counts), 2 * len(kinds)), generator=rng) / 4
+    rows[0] = 0
+    carried = [[(k, gate) for k, gate in enumerate(row) if gate] for row in rows.tolist()]
+    runs = Runs(list(zip(counts, carried, strict=True)))
+    if operand.changes is not None:
+        operand.changes.change_output(whole[:, columns], runs)
+    gates_TK = rows.repeat_interleave(torch.tensor(counts), 0)
+    x_TF = before[:, columns].float()
+    expected = scale.apply_loop(x_TF, gates_TK, [(k, Scale(one.float())) for k, one in scales.items()])
+    wide = [(k, Rotate(one.excess_BSS.float(), one.stride)) for k, one in turns.items()]
+    expected = rotate.apply_loop(expected, x_TF, gates_TK, wide)
+    expected = bias.apply_loop(expected, gates_TK, [(k, Bias(one.float())) for k, one in biases.items()])
+    close = CLOSE if dtype == torch.float32 else CLOSE_BF16
+    torch.testing.assert_close(whole[:, columns], expected.to(dtype), atol=close, rtol=close)
+    bare = ~gates_TK[:, 1::2].any(1)
+    assert torch.equal(whole[bare], before[bare])
+    assert torch.equal(whole[:, :2], before[:, :2])
+    assert torch.equal(whole[:, columns.stop :], before[:, columns.stop :])
+
+
+@built
+def test_several_threads_change_what_one_changes() -> None:
+    rng = torch.Generator().manual_seed(0)
+    features = 4096
+    values = [
+        SiteValue(scale_out=Scale(torch.randn(features, generator=rng))),
+        SiteValue(rotate_out=Rotate(torch.randn(features // 64, 64, 64, generator=rng))),
+    ]
+    changes = pack_site(list(enumerate(values))).changes
+    assert changes is not None
+    y = torch.randn(30, features, generator=rng)
+    runs = Runs([(3, [(0, 1.0)]), (2, []), (20, [(1, 0.5)]), (5, [(0, 0.5), (1, -1.0)])])
+    one, other = y.clone(), y.clone()
+    with threads_of(1):
+        changes.change_output(one, runs)
+    with threads_of(3):
+        changes.change_output(other, runs)
+    assert torch.equal(one, other)
+    assert torch.equal(one[3:5], y[3:5]) and not (one == y).all(1)[5:].any()
+
+
 @built
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**16),
     tokens=st.integers(1, 9),
-    features=st.integers(1, 70),
+    features=st.sampled_from([1, 16, 37, 896]),
     adapters=st.integers(1, 4),
+    offset=st.sampled_from([0.0, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_scales_where_the_output_is_are_the_plain_loop(
-    seed: int, tokens: int, features: int, adapters: int, dtype: torch.dtype
+def test_a_norm_whose_weight_adapters_change_is_the_plain_loop(
+    seed: int, tokens: int, features: int, adapters: int, offset: float, dtype: torch.dtype
 ) -> None:
     rng = torch.Generator().manual_seed(seed)
-    whole = torch.randn(tokens, features + 5, generator=rng).to(dtype)
-    before, columns = whole.clone(), slice(2, 2 + features)
-    scales = [(2 * k, Scale(torch.randn(features, generator=rng).to(dtype))) for k in range(adapters)]
+    x_TF, weight_F = (
+        torch.randn(tokens, features, generator=rng).to(dtype),
+        torch.randn(features, generator=rng).to(dtype),
+    )
+    gains = [(2 * k, Gain(torch.randn(features, generator=rng).to(dtype))) for k in range(adapters)]
     gates_TK = torch.randint(-2, 3, (tokens, 2 * adapters), generator=rng) / 4
     gates_TK[0] = 0
-    made = scale.apply(whole[:, columns], Gates(gates_TK), scale.pack(scales), here=True)
-    wide = [(k, Scale(one.excess_F.float())) for k, one in scales]
-    expected = scale.apply_loop(before[:, columns].float(), gates_TK, wide)
-    assert made.data_ptr() == whole[:, columns].data_ptr()
-    torch.testing.assert_close(made, expected.to(dtype), atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 2**-7)
+    base_TF = native.rms_norm(x_TF, weight_F, offset=offset, eps=1e-6)
+    made_TF = base_TF.clone()
+    operand = pack_site([(k, SiteValue(gain=one)) for k, one in gains], dtype)
+    assert operand.changes is not None and operand.is_gain
+    operand.changes.change_norm(x_TF, made_TF, Gates(gates_TK).runs, weight_F, offset=offset, eps=1e-6)
+    n_TF = x_TF.float() / (x_TF.float().pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+    wide = [(k, Gain(one.weight_F.float())) for k, one in gains]
+    expected = gain.apply_loop(n_TF * (weight_F.float() + offset), n_TF, gates_TK, wide, axis=0)
+    close = CLOSE if dtype == torch.float32 else CLOSE_BF16
+    torch.testing.assert_close(made_TF, expected.to(dtype), atol=close, rtol=close)
     bare = ~gates_TK[:, ::2].any(1)
-    assert torch.equal(whole[bare], before[bare])
-    assert torch.equal(whole[:, :2], before[:, :2])
-    assert torch.equal(whole[:, columns.stop :], before[:, columns.stop :])
+    assert torch.equal(made_TF[bare], base_TF[bare])
 
 
 @built

@@ -12,15 +12,23 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from server.adapters.bank import Bank
 from server.config import ModelConfig
 from server.kernels import native
-from server.kernels.gathered import Gathered, Row, Term, tabulate
 from server.model import decode, fused
 from server.model.attention import AttentionPlan, Span
 from server.model.decode import Decode
 from server.model.load import load_network
 from server.model.network import Batch, Network, span_plan
+from server.primitives.bias import Bias
+from server.primitives.delta import Delta
+from server.primitives.gain import Gain
 from server.primitives.gates import gates_from_rows
+from server.primitives.graft import Graft
+from server.primitives.lowrank import LowRank
+from server.primitives.rotate import Rotate
+from server.primitives.scale import Scale
+from server.primitives.site import SiteValue
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -114,8 +122,10 @@ def test_a_base_whose_native_modules_fail_the_proof_is_served_by_its_own(
 TILED: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}  # of whole tiles
 
 
-def decoding(network: Network, lengths: Sequence[int], runs: Sequence[Run] = (), rows: Sequence[Row] = ()) -> Tensor:
-    """Logits of one token of each sequence, over a cache of anything; `runs` of adapters whose terms are `rows`."""
+def decoding(
+    network: Network, lengths: Sequence[int], runs: Sequence[Run] = (), grafts: Sequence[Graft] = ()
+) -> Tensor:
+    """Logits of one token of each sequence, over a cache of anything; `runs` of those adapters."""
     generator = torch.Generator().manual_seed(7)
     cache = network.new_cache(16, BLOCK)
     for store in (*cache.keys, *cache.values):
@@ -124,28 +134,51 @@ def decoding(network: Network, lengths: Sequence[int], runs: Sequence[Run] = (),
     places = [blocks[n, (length - 1) // BLOCK] * BLOCK + (length - 1) % BLOCK for n, length in enumerate(lengths)]
     plan = AttentionPlan(cache, torch.tensor(places), torch.tensor(lengths), blocks, [])
     ids = torch.randint(0, 64, (len(lengths),), generator=generator)
-    gates = gates_from_rows(runs, len(rows), cache.keys[0]) if rows else None
+    bank = Bank(network.facts.dtype, network.facts.groups)
+    bank.activate(grafts)
+    gates = gates_from_rows(runs, bank.size, cache.keys[0]) if grafts else None
     every = torch.arange(len(lengths))
-    batch = Batch(ids, torch.tensor(lengths) - 1, plan, every, gates, {}, Gathered(rows) if rows else None, gates)
+    batch = Batch(ids, torch.tensor(lengths) - 1, plan, every, gates, bank.operands, bank.gathered, gates)
     logits = network.forward(batch)
     assert plan.seen == len(network.facts.layers)
     return torch.cat([logits.flatten(), *(store.flatten().float() for store in (*cache.keys, *cache.values))])
 
 
-def adapter_row(network: Network, seed: int) -> Row:
+def low_rank(network: Network, seed: int) -> Graft:
     """Low-rank terms at every Linear but some."""
     generator = torch.Generator().manual_seed(seed)
-    groups = []
-    for number, group in enumerate(network.facts.groups):
-        terms = []
-        for member, name in enumerate(group):
-            shape = network.facts.sites[name]
-            if (number + member + seed) % 5:
-                down = torch.randn(4, shape.in_features, generator=generator).bfloat16()
-                up = torch.randn(4, shape.out_features, generator=generator).bfloat16()
-                terms.append(Term(down, up, 0.1, member))
-        groups.append(terms)
-    return tabulate(groups)
+    sites = {}
+    for number, (name, shape) in enumerate(network.facts.sites.items()):
+        if (number + seed) % 5 and name != "lm_head":
+            down = torch.randn(4, shape.in_features, generator=generator).bfloat16()
+            up = torch.randn(shape.out_features, 4, generator=generator).bfloat16()
+            sites[name] = SiteValue(lowrank=LowRank(down, up, 0.1))
+    return Graft(f"low-{seed}", f"low-{seed}@1", sites)
+
+
+def mixed(network: Network, seed: int) -> Graft:
+    """All that native functions know, on either side of every Linear but some, and at the norms but one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def small(*shape: int) -> Tensor:
+        return (torch.randn(*shape, generator=generator) / 4).bfloat16()
+
+    def turn(features: int) -> Rotate:
+        return Rotate(small(features // 16, 16, 16))
+
+    sites = {name: SiteValue(gain=Gain(small(len(norm.weight_F)))) for name, norm in [*network.facts.norms.items()][1:]}
+    for number, (name, shape) in enumerate(network.facts.sites.items()):
+        inputs, outputs = shape.in_features, shape.out_features
+        value = (
+            SiteValue(scale_in=Scale(small(inputs)), bias=Bias(small(outputs))),
+            SiteValue(rotate_in=turn(inputs), lowrank=LowRank(small(3, inputs), small(outputs, 3))),
+            SiteValue(scale_out=Scale(small(outputs)), rotate_out=turn(outputs)),
+            SiteValue(scale_in=Scale(small(inputs)), rotate_in=turn(inputs)),
+            SiteValue(),
+        )[(number + seed) % 5]
+        if name != "lm_head":
+            sites[name] = value
+    return Graft(f"mixed-{seed}", f"mixed-{seed}@1", sites)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
@@ -158,9 +191,16 @@ def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
     saved(architecture, tmp_path, **options)
     monkeypatch.setattr(native, "has_tiles", lambda: True)  # elsewhere by their plain loop
     network = load_network(ModelConfig("tiny", dtype="bfloat16", quantize=quantize), tmp_path, name="tiny")
-    rows = [adapter_row(network, 1), adapter_row(network, 2)]
     lengths = [9, 1, 17, 30]
-    runs: Sequence[Run] = [(1, [(0, 0.5)]), (1, []), (2, [(0, 1.0), (1, -2.0)])]
+    cases: list[tuple[list[Run], list[Graft]]] = [
+        ([], []),
+        ([(1, [(0, 0.5)]), (1, []), (2, [(0, 1.0), (1, -2.0)])], [low_rank(network, 1), low_rank(network, 2)]),
+        ([(1, [(0, 0.5)]), (1, []), (2, [(1, 1.0)])], [mixed(network, 1), mixed(network, 2)]),
+        (
+            [(1, [(1, 1.0), (0, 2.0)]), (1, [(2, -0.5)]), (1, []), (1, [(0, 1.0)])],
+            [low_rank(network, 3), *(mixed(network, n) for n in (3, 4))],
+        ),
+    ]
     calls = []
     compute = Decode.compute
 
@@ -169,13 +209,39 @@ def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
         return compute(self, *given)
 
     monkeypatch.setattr(Decode, "compute", counted)
-    at_once = [decoding(network, lengths), decoding(network, lengths, runs, rows)]
-    assert len(calls) == 2
+    at_once = [decoding(network, lengths, *case) for case in cases]
+    assert len(calls) == len(cases)
     monkeypatch.setattr(Decode, "serves", lambda self, plan: False)
-    assert torch.equal(at_once[0], decoding(network, lengths))
-    assert torch.equal(at_once[1], decoding(network, lengths, runs, rows))
-    assert len(calls) == 2
-    assert not torch.equal(at_once[0], at_once[1])
+    for made, case in zip(at_once, cases, strict=True):
+        assert made.isfinite().all()
+        assert torch.equal(made, decoding(network, lengths, *case))
+    assert len(calls) == len(cases)
+    assert not any(torch.equal(one, other) for n, one in enumerate(at_once) for other in at_once[:n])
+
+
+def test_adapters_that_the_one_call_does_not_know_go_through_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved("llama", tmp_path, **{**KNOWN["llama"], **TILED, "attention_bias": False})
+    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    network = load_network(ModelConfig("tiny", dtype="bfloat16"), tmp_path, name="tiny")
+    name = "model.layers.1.mlp.down_proj"
+    whole = SiteValue(delta=Delta(torch.randn(64, 128).bfloat16()))
+    known, unknown = (
+        Graft("known", "known@1", {name: SiteValue(scale_in=Scale(torch.ones(128).bfloat16()))}),
+        Graft("whole", "whole@1", {name: whole}),
+    )
+    served = []
+    serves = Decode.serves
+
+    def noted(self: Decode, plan: AttentionPlan) -> bool:
+        served.append(serves(self, plan))
+        return served[-1]
+
+    monkeypatch.setattr(Decode, "serves", noted)
+    for grafts in ([known], [known, unknown], [unknown], [known]):
+        decoding(network, [9], [(1, [(0, 1.0)])], grafts)
+    assert served == [True, False, False, True]
 
 
 def test_prompts_that_see_little_are_in_that_call_and_those_that_see_much_are_not(
