@@ -1,6 +1,6 @@
 """The bank: which grafts the step in hand uses, laid side by side for the Sites.
 
-Where the kernels of `server.kernels.gathered` run, low-rank terms at Linears stay where they are. What else there is is
+Where the native kernels run, what they know stays where it is (`server.kernels.gathered`). What else there is is
 packed: its tensors are copied once, when the set of active grafts changes, and not in every step. A graft that no
 sequence uses any more stays packed until it would double the work, since its gates are zero and it may come back.
 Law: a graft that was dropped leaves no trace: the operands equal those of a bank that never held it.
@@ -16,29 +16,42 @@ from weakref import WeakKeyDictionary
 import torch
 
 from server.adapters.expert_bank import ExpertBank
+from server.kernels.changes import Change, SiteChange, tabulate_changes
 from server.kernels.gathered import Gathered, Row, Term, tabulate
+from server.primitives.bias import Bias
 from server.primitives.graft import Graft
+from server.primitives.rotate import Rotate
+from server.primitives.scale import Scale
 from server.primitives.site import SiteOperand, SiteValue, pack_site
+
+CHANGED = ("scale_in", "scale_out", "bias", "rotate_in", "rotate_out", "gain")
 
 
 class _Split(NamedTuple):
-    """A graft's low-rank terms by group, and everything else."""
+    """What of a graft stays where it is, and everything else."""
 
     row: Row | None
     rest: Mapping[str, SiteValue]
 
 
 class Bank:
-    def __init__(self, dtype: torch.dtype | None = None, groups: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype | None = None,
+        groups: Sequence[Sequence[str]] = (),
+        numbers: Mapping[str, int] | None = None,
+    ) -> None:
         """`dtype` is that of the activations; None: the grafts have it.
 
         `groups` are the names of Linears whose low-rank terms stay where they are, those that read the same input
-        together; none where the kernels do not run (`server.kernels.native.serves`).
+        together; `numbers` are those of the Linears and norms where all else does that the kernels know. None where the
+        kernels do not run (`server.kernels.native.serves`).
         """
         self._dtype = dtype
         self._grafts: dict[str, Graft] = {}
         self._splits: WeakKeyDictionary[Graft, _Split] = WeakKeyDictionary()
         self._groups = groups
+        self._numbers = numbers or {}
         self._place = {name: (index, place) for index, group in enumerate(groups) for place, name in enumerate(group)}
         self.operands: Mapping[str, SiteOperand] = {}
         self.gathered: Gathered | None = None
@@ -68,6 +81,7 @@ class Bank:
 
     def _make_split(self, graft: Graft) -> _Split:
         terms: list[list[Term]] = [[] for _ in self._groups]
+        changes: dict[int, SiteChange] = {}
         rest = {}
         for name, value in graft.sites.items():
             if name in self._place and value.lowrank is not None:
@@ -75,9 +89,36 @@ class Bank:
                 low = value.lowrank
                 terms[group].append(Term(low.A_RI.contiguous(), low.B_OR.t().contiguous(), low.scaling, member))
                 value = replace(value, lowrank=None)
+            change = _at_linear(value) if name in self._place else _at_norm(value)
+            if name in self._numbers and change is not None:
+                changes[self._numbers[name]] = change
+                value = replace(value, **dict.fromkeys(CHANGED))
             if any(getattr(value, part.name) is not None for part in fields(value)):
                 rest[name] = value
-        return _Split(tabulate(terms) if any(terms) else None, rest)
+        table = tabulate_changes(changes, len(self._numbers)) if changes else None
+        return _Split(tabulate(terms, table) if any(terms) or table is not None else None, rest)
+
+
+def _at_linear(value: SiteValue) -> SiteChange | None:
+    if all(getattr(value, name) is None for name in CHANGED):
+        return None
+    return SiteChange(
+        _one_side(value.scale_in, None, value.rotate_in), _one_side(value.scale_out, value.bias, value.rotate_out)
+    )
+
+
+def _at_norm(value: SiteValue) -> SiteChange | None:
+    """None where it has a bias, which the kernels do not know."""
+    return None if value.gain is None or value.bias is not None else SiteChange(gain_F=value.gain.weight_F)
+
+
+def _one_side(scale: Scale | None, bias: Bias | None, rotate: Rotate | None) -> Change:
+    return Change(
+        None if scale is None else scale.excess_F,
+        None if bias is None else bias.bias_O,
+        None if rotate is None else rotate.excess_BSS.transpose(1, 2).contiguous(),
+        1 if rotate is None else rotate.stride,
+    )
 
 
 def _pack(sites: Sequence[Mapping[str, SiteValue]], dtype: torch.dtype | None) -> dict[str, SiteOperand]:

@@ -129,7 +129,8 @@ class EngineLoop:
         self.max_model_len = min(facts.context, config.max_model_len or facts.context)
         blocks = _block_count(network, config, self.max_model_len)
         self._cache = network.new_cache(blocks, config.block_size)
-        self._bank = Bank(facts.dtype, facts.groups if native.serves(facts.device, facts.dtype) else ())
+        in_place = native.serves(facts.device, facts.dtype)
+        self._bank = Bank(facts.dtype, facts.groups, facts.numbers) if in_place else Bank(facts.dtype)
         self._pool = BlockPool(blocks)
         self._scheduler = Scheduler(
             self._pool,

@@ -1,109 +1,120 @@
-"""What adapters do at a Linear or a norm beside low-rank terms, where the numbers are, in one native pass.
+"""What adapters do beside low-rank terms, by the native functions, where the numbers are.
 
-At a Linear x becomes x * (1 + sum_k g_k s_k) + sum_k g_k (R_k - I) x + sum_k g_k b_k before the base product, and y
-likewise behind it; at a norm y += sum_k g_k dw_k * n, with n the normalised x. Only tokens that carry an adapter are
-touched; everything is fp32 inside and rounded once.
+At a Linear x becomes x + sum_k g_k (s_k x + (R_k - I) x + b_k) before the base product, and y likewise behind it; at a
+norm y += sum_k g_k dw_k * n, with n the normalised x. Only tokens that carry an adapter are touched; everything is fp32
+inside and rounded once. Like low-rank terms (`server.kernels.gathered`), an adapter's tensors stay where they are: a
+table says where they lie, and a step has the tables of its adapters.
 
-T tokens, K adapters active in the step, N of them with values at a place, F features, S size of a block, B = F / S.
+K adapters active in the step, J numbers of the Linears and norms of the base, T tokens, F features, S size of a block,
+B = F / S.
 Law: what the plain loops of `server.primitives.scale`, `rotate`, `bias` and `gain` give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from server.kernels.gathered import Runs
 from server.kernels.native import LIBRARY, TYPES
 
-# As values_t, turn_t, change_t and site_t in native.c.
-VALUES = np.dtype([("values", "u8"), ("row_of", "u8"), ("columns", "i8")])
-TURN = np.dtype([("blocks", VALUES), *((name, "i8") for name in ("rows", "size", "stride"))])
-CHANGE = np.dtype([("scale", VALUES), ("bias", VALUES), ("turns", "u8"), ("turn_count", "i8")])
-SITE = np.dtype([("before", CHANGE), ("behind", CHANGE), ("gain", VALUES)])
-BEHIND, GAIN = CHANGE.itemsize, 2 * CHANGE.itemsize  # where these stand in a site_t
-
-
-@dataclass(frozen=True, slots=True)
-class Values:
-    """(N, F), or for a rotation (B, N * S, S), in the activations' dtype, and the columns that the N belong to."""
-
-    values: Tensor
-    layout: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """R - I by blocks, transposed and stacked along their inputs; a block takes its features `stride` apart."""
-
-    blocks: Values
-    size: int
-    stride: int
+# As change_t and site_t in native.c.
+CHANGE = np.dtype(
+    [*((name, "u8") for name in ("scale", "bias", "blocks")), *((name, "i8") for name in ("size", "stride"))]
+)
+SITE = np.dtype([("before", CHANGE), ("behind", CHANGE), ("gain", "u8")])
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Nothing at all where it is empty."""
+    """What one adapter does at one side of one Linear. R - I by blocks, each (inputs, outputs), `stride` apart."""
 
-    scale: Values | None = None
-    bias: Values | None = None
-    turns: Sequence[Turn] = ()
-
-    @property
-    def values(self) -> list[Values]:
-        return [one for one in (self.scale, self.bias, *(turn.blocks for turn in self.turns)) if one is not None]
+    scale_F: Tensor | None = None
+    bias_F: Tensor | None = None
+    blocks_BSS: Tensor | None = None
+    stride: int = 1
 
 
-@dataclass(slots=True)
+NOTHING = Change()
+
+
+@dataclass(frozen=True, slots=True)
+class SiteChange:
+    """What one adapter does at one Linear, or at one norm (`gain_F`). All in the activations' dtype."""
+
+    before: Change = NOTHING
+    behind: Change = NOTHING
+    gain_F: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeTable:
+    """Where all that one adapter changes lies, number by number: (J) of SITE. It keeps that alive."""
+
+    sites: npt.NDArray[np.void]
+    held: tuple[SiteChange, ...]
+
+
+def tabulate_changes(changes: Mapping[int, SiteChange], count: int) -> ChangeTable:
+    """By the number of the Linear or norm, of which there are so many."""
+    sites = np.zeros(count, SITE)
+    for number, change in changes.items():
+        sites[number] = _places(change.before), _places(change.behind), _place(change.gain_F)
+    return ChangeTable(sites, tuple(changes.values()))
+
+
 class Changes:
-    """All that is done at one Linear (`before` and `behind` its product), or at one norm (`gain`)."""
+    """What the step's adapters change; one table for each column of the gates, None where it has none.
 
-    before: Change
-    behind: Change
-    gain: Values | None
-    _table: npt.NDArray[np.void] = field(init=False)
-    _held: list[npt.NDArray[np.generic]] = field(init=False, default_factory=list)
+    `runs` of its methods are the places of a `server.kernels.gathered.Runs` over the T tokens.
+    """
 
-    def __post_init__(self) -> None:
-        self._table = np.zeros(1, SITE)
-        for name, change in (("before", self.before), ("behind", self.behind)):
-            turns = np.zeros(len(change.turns), TURN)
-            for row, turn in zip(turns, change.turns, strict=True):
-                row["blocks"] = self._places(turn.blocks)
-                row["rows"], row["size"], row["stride"] = len(turn.blocks.layout), turn.size, turn.stride
-            self._held.append(turns)
-            places = self._places(change.scale), self._places(change.bias)
-            self._table[name] = *places, turns.ctypes.data, len(turns)
-        self._table["gain"] = self._places(self.gain)
-
-    @property
-    def values(self) -> list[Values]:
-        return [*self.before.values, *self.behind.values, *([] if self.gain is None else [self.gain])]
+    def __init__(self, tables: Sequence[ChangeTable | None]) -> None:
+        self._tables = tables
+        self._held = np.array([0 if table is None else table.sites.ctypes.data for table in tables], np.uint64)
+        known = [(column, table.sites) for column, table in enumerate(tables) if table is not None]
+        self._columns = np.array([column for column, _ in known])
+        self._before_KJ = np.array([_acts(sites["before"]) for _, sites in known])
+        self._behind_J = np.any([_acts(sites["behind"]) for _, sites in known], axis=0)
+        self._gain_J = np.any([sites["gain"] != 0 for _, sites in known], axis=0)
 
     @property
     def address(self) -> int:
-        """Where its site_t lies."""
-        return self._table.ctypes.data
+        """Where the addresses of the tables lie, column by column."""
+        return self._held.ctypes.data
 
-    def change_input(self, x_TF: Tensor, runs: Runs) -> None:
-        """Where it is; rows may lie apart. Raises: MemoryError."""
-        _change(x_TF, runs, self.address)
+    def columns_before(self, number: int) -> tuple[int, ...]:
+        """Those that change what this Linear is given."""
+        return tuple(self._columns[self._before_KJ[:, number]].tolist())
 
-    def change_output(self, y_TF: Tensor, runs: Runs) -> None:
-        """Where it is; rows may lie apart. Raises: MemoryError."""
-        _change(y_TF, runs, self.address + BEHIND)
+    def change_input(self, number: int, x_TF: Tensor, runs: tuple[int, int, int]) -> None:
+        """What the Linear is given, where it is; rows may lie apart. Raises: MemoryError."""
+        self._change(number, x_TF, runs, behind=False)
+
+    def change_output(self, number: int, y_TF: Tensor, runs: tuple[int, int, int]) -> None:
+        """What the Linear has made, where it is; rows may lie apart. Raises: MemoryError."""
+        if self._behind_J[number]:
+            self._change(number, y_TF, runs, behind=True)
 
     def change_norm(
-        self, x_TF: Tensor, y_TF: Tensor, runs: Runs, weight_F: Tensor, *, offset: float, eps: float
+        self,
+        number: int,
+        x_TF: Tensor,
+        y_TF: Tensor,
+        runs: tuple[int, int, int],
+        weight_F: Tensor,
+        offset: float,
+        eps: float,
     ) -> None:
-        """y, where it is: what an RMSNorm gives for x, which both lie side by side."""
+        """y, where it is: what an RMSNorm gives for x, which both lie side by side. Raises: MemoryError."""
         assert LIBRARY is not None and x_TF.is_contiguous() and y_TF.is_contiguous()
-        LIBRARY.mg_gain(
+        if not self._gain_J[number]:
+            return
+        failed = LIBRARY.mg_gain(
             x_TF.data_ptr(),
             x_TF.shape[1],
             weight_F.data_ptr(),
@@ -111,31 +122,41 @@ class Changes:
             eps,
             y_TF.data_ptr(),
             TYPES[x_TF.dtype],
-            *runs.places,
-            self.address + GAIN,
+            *runs,
+            self.address,
+            number,
             torch.get_num_threads(),
         )
+        if failed:
+            raise MemoryError(f"no memory for a norm of {x_TF.shape[1]} features")
 
-    def _places(self, values: Values | None) -> tuple[int, int, int]:
-        if values is None:
-            return 0, 0, 0
-        assert values.values.is_contiguous() and len(set(values.layout)) == len(values.layout)
-        row_of = np.full(max(values.layout) + 1, -1, np.int64)
-        row_of[list(values.layout)] = np.arange(len(values.layout))
-        self._held.append(row_of)
-        return values.values.data_ptr(), row_of.ctypes.data, len(row_of)
+    def _change(self, number: int, x_TF: Tensor, runs: tuple[int, int, int], *, behind: bool) -> None:
+        assert LIBRARY is not None and x_TF.stride(1) == 1
+        failed = LIBRARY.mg_change(
+            x_TF.data_ptr(),
+            x_TF.stride(0),
+            x_TF.shape[1],
+            TYPES[x_TF.dtype],
+            *runs,
+            self.address,
+            number,
+            behind,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for what adapters change in {x_TF.shape[1]} features")
 
 
-def _change(x_TF: Tensor, runs: Runs, change: int) -> None:
-    assert LIBRARY is not None and x_TF.stride(1) == 1 and x_TF.shape[0] == runs.tokens
-    failed = LIBRARY.mg_change(
-        x_TF.data_ptr(),
-        x_TF.stride(0),
-        x_TF.shape[1],
-        TYPES[x_TF.dtype],
-        *runs.places,
-        change,
-        torch.get_num_threads(),
-    )
-    if failed:
-        raise MemoryError(f"no memory for what adapters change in {x_TF.shape[0]} tokens")
+def _acts(changes: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+    acts: npt.NDArray[np.bool_] = (changes["scale"] | changes["bias"] | changes["blocks"]) != 0
+    return acts
+
+
+def _places(change: Change) -> tuple[int, int, int, int, int]:
+    size = 0 if change.blocks_BSS is None else change.blocks_BSS.shape[-1]
+    return _place(change.scale_F), _place(change.bias_F), _place(change.blocks_BSS), size, change.stride
+
+
+def _place(tensor: Tensor | None) -> int:
+    assert tensor is None or tensor.is_contiguous()
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,4 +1,5 @@
-"""The gathered low-rank product on a CPU: y_m += sum_k g_k B_km A_km x, each token with the terms of its own adapters.
+"""The gathered low-rank product on a CPU: y_m += sum_k g_k B_km A_km x, each token with the terms of its own adapters;
+and beside it what else adapters do (`server.kernels.changes`).
 
 Nothing is copied or laid side by side: an adapter's row of a table says where its tensors lie, a step's table has the
 rows of its adapters, and so a change of adapters costs a few microseconds. Linears that read the same input are one
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from server.kernels.changes import Changes, ChangeTable
 from server.kernels.native import LIBRARY, MEMBERS, TYPES
 
 # As term_t, terms_t, run_t and pair_t in native.c.
@@ -54,11 +56,12 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Where one adapter's terms lie, group by group: (J) of TERMS. It keeps them alive."""
+    """Where one adapter's terms lie, group by group: (J) of TERMS, and its changes. It keeps them alive."""
 
     groups: Table
     terms: Table
     held: tuple[Term, ...]
+    changes: ChangeTable | None
 
 
 class Runs:
@@ -94,8 +97,8 @@ class Runs:
         return picked
 
 
-def tabulate(groups: Sequence[Sequence[Term]]) -> Row:
-    """The row of an adapter with these terms in each group."""
+def tabulate(groups: Sequence[Sequence[Term]], changes: ChangeTable | None = None) -> Row:
+    """The row of an adapter with these terms in each group, and with these changes."""
     held = tuple(term for group in groups for term in group)
     assert all(term.A_RI.is_contiguous() and term.B_RO.is_contiguous() for term in held)
     terms = np.zeros(len(held), TERM)
@@ -107,7 +110,7 @@ def tabulate(groups: Sequence[Sequence[Term]]) -> Row:
     rows = np.zeros(len(groups), TERMS)
     rows["count"] = counts = [len(group) for group in groups]
     rows["terms"] = terms.ctypes.data + (np.cumsum(counts) - counts) * TERM.itemsize
-    return Row(rows, terms, held)
+    return Row(rows, terms, held, changes)
 
 
 class Gathered:
@@ -123,6 +126,8 @@ class Gathered:
         self._used = [bool(row.any()) for row in self._table["count"]]
         self._stride = len(rows) * TERMS.itemsize
         self._start = self._table.ctypes.data
+        tables = [None if row is None else row.changes for row in rows]
+        self.changes = Changes(tables) if any(table is not None for table in tables) else None
 
     @property
     def places(self) -> tuple[int, int, int]:

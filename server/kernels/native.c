@@ -63,31 +63,25 @@ typedef struct {
     int32_t unused;
 } pair_t;
 
-/* Values of some adapters, as many of each: those of a column are the row_of[column]-th; -1: it has none. */
+/* What one adapter does to what a Linear is given, or to what it has made: x * (1 + scale) + (R - I) x + bias. R - I are
+   blocks, each (inputs, outputs), that take their features `stride` apart: see server/primitives/rotate.py. NULL: nothing. */
 typedef struct {
-    const void *values;
-    const int64_t *row_of;
-    int64_t columns;
-} values_t;
-
-/* R - I of some adapters by blocks, transposed: (blocks, rows, size, size). See server/primitives/rotate.py. */
-typedef struct {
-    values_t blocks;
-    int64_t rows, size, stride;
-} turn_t;
-
-/* What adapters change: x * (1 + sum_k g_k scale_k) + sum_k g_k (R_k - I) x + sum_k g_k bias_k. */
-typedef struct {
-    values_t scale, bias;
-    const turn_t *turns;
-    int64_t turn_count;
+    const void *scale, *bias, *blocks;
+    int64_t size, stride;
 } change_t;
 
-/* What adapters do beside low-rank terms: to what a Linear is given and to what it has made, or to a norm's weight. */
+/* What one adapter does at one Linear, or at one norm, whose weight gains something. */
 typedef struct {
     change_t in, out;
-    values_t gain;
+    const void *gain;
 } site_t;
+
+/* Where adapters do that: by column, and by the number of the Linear or norm; a column may have none at all. */
+typedef struct {
+    const site_t *const *held; /* (columns) */
+    int64_t number;
+    int behind; /* the product, or before it */
+} where_t;
 
 INLINE float widen(const void *p, int64_t at, const int type) {
     if (type == FP32) return ((const float *)p)[at];
@@ -105,9 +99,21 @@ INLINE uint16_t narrow(float value) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* Which of the values an adapter has here; -1: none, or its gate is zero. */
-INLINE int64_t row_of(const pair_t *pair, const values_t *values) {
-    return pair->gate != 0 && pair->column < values->columns ? values->row_of[pair->column] : -1;
+/* What an adapter of a token does there; NULL: nothing, or its gate is zero. */
+INLINE const site_t *site_of(const pair_t *pair, const where_t *where) {
+    const site_t *const own = pair->gate != 0 && where->held ? where->held[pair->column] : NULL;
+    return own ? own + where->number : NULL;
+}
+
+INLINE const change_t *change_of(const pair_t *pair, const where_t *where) {
+    const site_t *const site = site_of(pair, where);
+    const change_t *const change = site ? where->behind ? &site->out : &site->in : NULL;
+    return change && (change->scale || change->bias || change->blocks) ? change : NULL;
+}
+
+INLINE const void *gain_of(const pair_t *pair, const where_t *where) {
+    const site_t *const site = site_of(pair, where);
+    return site ? site->gain : NULL;
 }
 
 static int threads_for(int64_t work, int threads) { return work < FEW ? 1 : threads; }
@@ -154,8 +160,8 @@ typedef struct {
     float (*round[2])(const void *x, uint8_t *codes, int64_t count, float least);
     void (*scale[2])(const float *x, float scale, void *out, int64_t count);
     void (*gain[2])(const void *x, const void *weight, float offset, float eps, void *out, int64_t count,
-                    const pair_t *pairs, int64_t some, const values_t *gains);
-    void (*change[2])(void *x, const pair_t *pairs, int64_t some, const change_t *change, int64_t count, float *wide);
+                    const pair_t *pairs, int64_t some, const where_t *where, float *wide);
+    void (*change[2])(void *x, const pair_t *pairs, int64_t some, const where_t *where, int64_t count, float *wide);
     void (*widen_row)(const uint16_t *from, float *to, int64_t count);
     void (*narrow_row)(const float *from, uint16_t *to, int64_t count);
     void (*widen_4)(const uint8_t *codes, const float *levels, const float *scales, const float *offsets, int64_t inputs,
@@ -454,60 +460,64 @@ void mg_scale(const float *x, const float *scales, int64_t rows, int64_t count, 
         fast->scale[type](x + n * count, scales[n], moved(out, n * count, type), count);
 }
 
-static int has_values(const values_t *values, const pair_t *pairs, int64_t some) {
-    for (const pair_t *pair = pairs; pair < pairs + some; pair++)
-        if (row_of(pair, values) >= 0) return 1;
+static int changes(const where_t *where, const pair_t *pairs, const run_t *run) {
+    for (const pair_t *pair = pairs + run->first_pair; pair < pairs + run->first_pair + run->pairs; pair++)
+        if (change_of(pair, where)) return 1;
     return 0;
 }
 
-static int changes(const change_t *change, const pair_t *pairs, int64_t some) {
-    int any = has_values(&change->scale, pairs, some) || has_values(&change->bias, pairs, some);
-    for (int64_t n = 0; n < change->turn_count; n++) any |= has_values(&change->turns[n].blocks, pairs, some);
-    return any;
+static int gains(const where_t *where, const pair_t *pairs, const run_t *run) {
+    for (const pair_t *pair = pairs + run->first_pair; pair < pairs + run->first_pair + run->pairs; pair++)
+        if (gain_of(pair, where)) return 1;
+    return 0;
 }
 
 /* Each token t of the runs for which `used` holds, shared out among the threads. */
 #define FOR_TOKENS(run, t, used)                                                                                    \
     int64_t work = 0;                                                                                               \
     for (const run_t *run = runs; run < runs + run_count; run++)                                                    \
-        for (int64_t t = run->first; used && t < run->first + run->count; t++)                                      \
+        for (int64_t t = run->first, own = used; own && t < run->first + run->count; t++)                           \
             if (work++ % omp_get_num_threads() == omp_get_thread_num())
 
-/* Where they are: see change_t. A token that carries none of the adapters keeps its bits. x: (tokens, features), rows x_row
-   apart, of `type`, as the values are. Returns 0, or -1 when there is no memory. */
+/* x, where it is, becomes x + sum_k g_k (s_k x + (R_k - I) x + b_k) over the adapters k of a token; of none it keeps its bits.
+   x: (tokens, features), rows x_row apart, of `type`, as all of the adapters is. Returns 0, or -1 when there is no memory. */
 int mg_change(void *x, int64_t x_row, int64_t features, int type, const run_t *runs, int64_t run_count, const pair_t *pairs,
-              const change_t *change, int threads) {
+              const site_t *const *held, int64_t number, int behind, int threads) {
     const loops_t *const fast = loops();
+    const where_t where = {held, number, behind};
     int64_t carrying = 0;
     int failed = 0;
-    for (const run_t *run = runs; run < runs + run_count; run++)
-        if (changes(change, pairs + run->first_pair, run->pairs)) carrying += run->count;
+    for (const run_t *run = runs; run < runs + run_count; run++) carrying += changes(&where, pairs, run) * run->count;
     if (!carrying) return 0;
 #pragma omp parallel num_threads(threads_for(carrying * features, threads))
     {
         float *const wide = room(2 * features);
         if (!wide) failed = -1;
-        FOR_TOKENS(run, t, wide && changes(change, pairs + run->first_pair, run->pairs))
-            fast->change[type](moved(x, t * x_row, type), pairs + run->first_pair, run->pairs, change, features, wide);
+        FOR_TOKENS(run, t, wide && changes(&where, pairs, run))
+            fast->change[type](moved(x, t * x_row, type), pairs + run->first_pair, run->pairs, &where, features, wide);
     }
     return failed;
 }
 
-/* What mg_norm gives, once more for the tokens whose adapters change the weight: to it add sum_k g_k gains_k. x and out:
-   (tokens, features), side by side. */
-void mg_gain(const void *x, int64_t features, const void *weight, float offset, float eps, void *out, int type,
-             const run_t *runs, int64_t run_count, const pair_t *pairs, const values_t *gains, int threads) {
+/* What mg_norm gives, once more for the tokens whose adapters change the weight: to it add sum_k g_k gain_k. x and out:
+   (tokens, features), side by side. Returns 0, or -1 when there is no memory. */
+int mg_gain(const void *x, int64_t features, const void *weight, float offset, float eps, void *out, int type,
+            const run_t *runs, int64_t run_count, const pair_t *pairs, const site_t *const *held, int64_t number, int threads) {
     const loops_t *const fast = loops();
+    const where_t where = {held, number, 0};
     int64_t carrying = 0;
-    for (const run_t *run = runs; run < runs + run_count; run++)
-        if (has_values(gains, pairs + run->first_pair, run->pairs)) carrying += run->count;
-    if (!carrying) return;
+    int failed = 0;
+    for (const run_t *run = runs; run < runs + run_count; run++) carrying += gains(&where, pairs, run) * run->count;
+    if (!carrying) return 0;
 #pragma omp parallel num_threads(threads_for(carrying * features, threads))
     {
-        FOR_TOKENS(run, t, has_values(gains, pairs + run->first_pair, run->pairs))
+        float *const wide = room(features);
+        if (!wide) failed = -1;
+        FOR_TOKENS(run, t, wide && gains(&where, pairs, run))
             fast->gain[type](moved(x, t * features, type), weight, offset, eps, moved(out, t * features, type), features,
-                             pairs + run->first_pair, run->pairs, gains);
+                             pairs + run->first_pair, run->pairs, &where, wide);
     }
+    return failed;
 }
 
 /* What stands before attention: queries rotated where they are, keys rotated on their way to the cache, values copied. */
@@ -639,12 +649,13 @@ int mg_few_bits(const void *x, int64_t x_row, int64_t tokens, void *y, int type,
 
 #include "native_tiles.h"
 
-/* A product in tiles, of one or more Linears. */
+/* A product in tiles, of one or more Linears that read the same input. */
 typedef struct {
     const void *weight;
     const float *scales; /* NULL: in bf16 */
     const int32_t *sums;
     int64_t group; /* among those of the low-rank terms */
+    int64_t first; /* number of its first Linear, see where_t; the others follow it */
 } weight_t;
 
 /* One layer of a decoder: norms, products, and its part of the KV cache. See server/model/decode.py. */
@@ -654,11 +665,9 @@ typedef struct {
     const void *bias;            /* of qkv, or NULL */
     void *keys, *values;
     int64_t window; /* 0 for none */
+    int64_t before_number, behind_number;
     float before_eps, behind_eps, before_offset, behind_offset;
 } layer_t;
-
-/* Where adapters can do more than add low-rank terms, in a layer: the members of its products, then its norms. */
-enum { AT_QUERY, AT_KEY, AT_VALUE, AT_O, AT_GATE, AT_UP, AT_DOWN, AT_BEFORE, AT_BEHIND, SITES };
 
 /* What all layers of a step share: T tokens, each with the positions that it sees, its own the last of them. */
 typedef struct {
@@ -672,7 +681,7 @@ typedef struct {
     const pair_t *pairs;
     const terms_t *held; /* (groups, columns) */
     int64_t groups, columns;
-    const site_t *const *sites; /* (layers, SITES), each of them or the whole may be NULL */
+    const site_t *const *sites; /* (columns), see where_t; NULL: no adapter has any */
     float scale, least;         /* of the attention's scores; of the scale of a token in bytes */
 } decode_t;
 
@@ -700,18 +709,20 @@ static void multiply_tokens(const decode_t *step, const uint16_t *x, int64_t tok
 #define FOR_CHANGED(m, run, t, n)                                                                                   \
     int64_t n = 0;                                                                                                  \
     for (int64_t m = 0; m < shape->members; m++)                                                                    \
-        for (const run_t *run = step->runs; sites[m] && run < step->runs + step->run_count; run++)                  \
-            for (int64_t t = run->first, carries = changes(&sites[m]->in, step->pairs + run->first_pair, run->pairs); \
+        for (const run_t *run = step->runs; run < step->runs + step->run_count; run++)                              \
+            for (int64_t t = run->first, carries = changes(&inputs_of[m], step->pairs, run);                        \
                  carries && t < run->first + run->count; t++, n++)
 
 /* y = W x' of Linears that read the same input. The tokens whose input some adapter changes, for one of them, ride behind the
    step's, in x and in y, which have room for that. Returns 0, or -1 when there is no memory. */
 static int multiply_beside(const decode_t *step, uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
-                           const site_t *const *sites, void *spare, int threads) {
+                           void *spare, int threads) {
     const loops_t *const fast = loops();
     const int64_t T = step->tokens, inputs = shape->inputs, outputs = shape->firsts[shape->members];
+    where_t inputs_of[MEMBERS];
     int64_t all = 0;
     int failed = 0;
+    for (int64_t m = 0; m < shape->members; m++) inputs_of[m] = (where_t){step->sites, weight->first + m, 0};
     {
         FOR_CHANGED(m, run, t, n) all++;
     }
@@ -721,9 +732,9 @@ static int multiply_beside(const decode_t *step, uint16_t *x, const shape_t *sha
         if (!wide) failed = -1;
         FOR_CHANGED(m, run, t, n)
             if (wide && n % omp_get_num_threads() == omp_get_thread_num()) {
-                uint16_t *const own = x + (T + n) * inputs;
-                memcpy(own, x + t * inputs, inputs * sizeof *x);
-                fast->change[BF16](own, step->pairs + run->first_pair, run->pairs, &sites[m]->in, inputs, wide);
+                uint16_t *const row = x + (T + n) * inputs;
+                memcpy(row, x + t * inputs, inputs * sizeof *x);
+                fast->change[BF16](row, step->pairs + run->first_pair, run->pairs, &inputs_of[m], inputs, wide);
             }
     }
     multiply_tokens(step, x, T + all, shape, weight, y, spare, threads);
@@ -735,12 +746,14 @@ static int multiply_beside(const decode_t *step, uint16_t *x, const shape_t *sha
 
 /* y = W x' of a Linear alone. changed: room for x. */
 static int multiply_alone(const decode_t *step, const uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
-                          const site_t *site, uint16_t *changed, void *spare, int threads) {
-    int failed = 0;
-    if (site && (site->in.scale.columns || site->in.turn_count)) {
+                          uint16_t *changed, void *spare, int threads) {
+    const where_t where = {step->sites, weight->first, 0};
+    int any = 0, failed = 0;
+    for (const run_t *run = step->runs; run < step->runs + step->run_count; run++) any |= changes(&where, step->pairs, run);
+    if (any) {
         memcpy(changed, x, step->tokens * shape->inputs * sizeof *x);
-        failed = mg_change(changed, shape->inputs, shape->inputs, BF16, step->runs, step->run_count, step->pairs, &site->in,
-                           threads);
+        failed = mg_change(changed, shape->inputs, shape->inputs, BF16, step->runs, step->run_count, step->pairs, step->sites,
+                           weight->first, 0, threads);
         x = changed;
     }
     multiply_tokens(step, x, step->tokens, shape, weight, y, spare, threads);
@@ -749,19 +762,19 @@ static int multiply_alone(const decode_t *step, const uint16_t *x, const shape_t
 
 /* A product, and all that adapters do at its members. */
 static int multiply_with_adapters(const decode_t *step, uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
-                                  const site_t *const *sites, uint16_t *changed, void *spare, int threads) {
+                                  uint16_t *changed, void *spare, int threads) {
     void *places[MEMBERS];
     int64_t rows[MEMBERS];
     const int64_t outputs = shape->firsts[shape->members];
     int failed = 0;
-    if (!sites) multiply_tokens(step, x, step->tokens, shape, weight, y, spare, threads);
-    else if (shape->members > 1) failed = multiply_beside(step, x, shape, weight, y, sites, spare, threads);
-    else failed = multiply_alone(step, x, shape, weight, y, sites[0], changed, spare, threads);
+    if (!step->sites) multiply_tokens(step, x, step->tokens, shape, weight, y, spare, threads);
+    else if (shape->members > 1) failed = multiply_beside(step, x, shape, weight, y, spare, threads);
+    else failed = multiply_alone(step, x, shape, weight, y, changed, spare, threads);
     for (int64_t m = 0; m < shape->members; m++) {
         places[m] = y + shape->firsts[m], rows[m] = outputs;
-        if (sites && sites[m])
+        if (step->sites)
             failed |= mg_change(places[m], outputs, shape->firsts[m + 1] - shape->firsts[m], BF16, step->runs, step->run_count,
-                                step->pairs, &sites[m]->out, threads);
+                                step->pairs, step->sites, weight->first + m, 1, threads);
     }
     if (!step->run_count || weight->group >= step->groups) return failed;
     return failed | mg_lowrank(x, shape->inputs, step->tokens, shape->inputs, BF16, places, rows, shape->members, step->runs,
@@ -769,11 +782,11 @@ static int multiply_with_adapters(const decode_t *step, uint16_t *x, const shape
 }
 
 /* What adapters do to a norm of the stream. */
-static void add_gains(const decode_t *step, const site_t *site, const uint16_t *stream, const void *weight, float offset,
-                      float eps, uint16_t *out, int threads) {
-    if (site)
-        mg_gain(stream, step->features, weight, offset, eps, out, BF16, step->runs, step->run_count, step->pairs, &site->gain,
-                threads);
+static int add_gains(const decode_t *step, int64_t number, const uint16_t *stream, const void *weight, float offset, float eps,
+                     uint16_t *out, int threads) {
+    if (!step->sites) return 0;
+    return mg_gain(stream, step->features, weight, offset, eps, out, BF16, step->runs, step->run_count, step->pairs,
+                   step->sites, number, threads);
 }
 
 /* Layers one after the other, in bf16, as server/model/fused.py has them: an attention of a norm, then an MLP of a norm are
@@ -791,27 +804,22 @@ int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, uint16
     int failed = 0;
     for (int64_t n = 0; n < count; n++) {
         const layer_t *const layer = layers + n;
-        const site_t *const *const sites = step->sites ? step->sites + n * SITES : NULL;
         if (!n) mg_norm(stream, E, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
         else mg_add_and_norm(pending, stream, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
-        if (sites)
-            add_gains(step, sites[AT_BEFORE], stream, layer->before, layer->before_offset, layer->before_eps, x, threads);
-        failed |= multiply_with_adapters(step, x, &qkv, &layer->qkv, made, sites ? sites + AT_QUERY : NULL, changed, spare,
-                                         threads);
+        failed |= add_gains(step, layer->before_number, stream, layer->before, layer->before_offset, layer->before_eps, x,
+                            threads);
+        failed |= multiply_with_adapters(step, x, &qkv, &layer->qkv, made, changed, spare, threads);
         failed |= mg_begin_attention(made, layer->bias, T, step->heads, step->kv_heads, step->dim, step->cos, step->sin,
                                      step->rotated, step->places, layer->keys, layer->values, step->rows, BF16, T,
                                      step->blocks, step->width, step->lengths, step->block_size, layer->window, step->scale,
                                      seen, threads);
-        failed |= multiply_with_adapters(step, seen, &o, &layer->o, pending, sites ? sites + AT_O : NULL, changed, spare,
-                                         threads);
+        failed |= multiply_with_adapters(step, seen, &o, &layer->o, pending, changed, spare, threads);
         mg_add_and_norm(pending, stream, T, E, layer->behind, layer->behind_offset, layer->behind_eps, x, BF16, threads);
-        if (sites)
-            add_gains(step, sites[AT_BEHIND], stream, layer->behind, layer->behind_offset, layer->behind_eps, x, threads);
-        failed |= multiply_with_adapters(step, x, &gate_up, &layer->gate_up, both, sites ? sites + AT_GATE : NULL, changed,
-                                         spare, threads);
+        failed |= add_gains(step, layer->behind_number, stream, layer->behind, layer->behind_offset, layer->behind_eps, x,
+                            threads);
+        failed |= multiply_with_adapters(step, x, &gate_up, &layer->gate_up, both, changed, spare, threads);
         mg_swiglu(both, 2 * F, both + F, 2 * F, T, F, inner, BF16, threads);
-        failed |= multiply_with_adapters(step, inner, &down, &layer->down, pending, sites ? sites + AT_DOWN : NULL, changed,
-                                         spare, threads);
+        failed |= multiply_with_adapters(step, inner, &down, &layer->down, pending, changed, spare, threads);
     }
     return failed;
 }

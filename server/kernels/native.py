@@ -48,11 +48,13 @@ _SIGNATURES = {
     "mg_scale": (_POINTER, _POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
     "mg_change": (
         *(_POINTER, _INTEGER, _INTEGER, _TYPE),  # x, features
-        *(_POINTER, _INTEGER, _POINTER, _POINTER, _TYPE),  # runs, pairs, change
+        *(_POINTER, _INTEGER, _POINTER),  # runs, pairs
+        *(_POINTER, _INTEGER, _TYPE, _TYPE),  # held, number, behind
     ),
     "mg_gain": (
         *(_POINTER, _INTEGER, _POINTER, _FLOAT, _FLOAT, _POINTER, _TYPE),  # x, weight, out
-        *(_POINTER, _INTEGER, _POINTER, _POINTER, _TYPE),  # runs, pairs, gains
+        *(_POINTER, _INTEGER, _POINTER),  # runs, pairs
+        *(_POINTER, _INTEGER, _TYPE),  # held, number
     ),
     "mg_rotate_and_store": (
         *(_POINTER, _INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER),  # query, key, value
@@ -96,10 +98,8 @@ _SIGNATURES = {
 }
 
 _RESULTS = {
-    **dict.fromkeys(
-        ("mg_lowrank", "mg_change", "mg_attend", "mg_begin_attention", "mg_decode", "mg_few_bits", "mg_has_tiles"),
-        _TYPE,
-    ),
+    **dict.fromkeys(("mg_lowrank", "mg_change", "mg_gain", "mg_attend", "mg_begin_attention"), _TYPE),
+    **dict.fromkeys(("mg_decode", "mg_few_bits", "mg_has_tiles"), _TYPE),
     "mg_tiled_size": _INTEGER,
 }
 

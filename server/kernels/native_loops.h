@@ -38,7 +38,8 @@ typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define add_row NAME(add_row)
 #define round_row NAME(round_row)
 #define scale_row NAME(scale_row)
-#define gated_sum NAME(gated_sum)
+#define add_scaled NAME(add_scaled)
+#define gain_row NAME(gain_row)
 #define turn_row NAME(turn_row)
 #define change_row NAME(change_row)
 
@@ -358,19 +359,9 @@ INLINE void store_up_to(void *p, int64_t at, int64_t left, vec value, const int 
         else ((uint16_t *)p)[at + i] = narrow(lanes[i]);
 }
 
-/* sum_k g_k values_k[i ...] over a token's adapters. */
-INLINE vec gated_sum(const pair_t *pairs, int64_t some, const values_t *values, int64_t count, int64_t i, const int type) {
-    vec total = {0};
-    for (const pair_t *pair = pairs; pair < pairs + some; pair++) {
-        const int64_t row = row_of(pair, values);
-        if (row >= 0) total += pair->gate * load_up_to(values->values, row * count + i, count - i, type);
-    }
-    return total;
-}
-
-/* out = x / sqrt(mean(x^2) + eps) * (weight + offset + sum_k g_k gains_k) */
+/* out = x / sqrt(mean(x^2) + eps) * (weight + offset), the weight of a type of its own. */
 INLINE void norm_row(const void *x, const void *weight, float offset, float eps, void *out, int64_t count,
-                     const pair_t *pairs, int64_t some, const values_t *gains, const int type) {
+                     const int weight_type, const int type) {
     vec squares = {0};
     for (int64_t i = 0; i < count; i += LANES) {
         const vec value = load_up_to(x, i, count - i, type);
@@ -378,10 +369,29 @@ INLINE void norm_row(const void *x, const void *weight, float offset, float eps,
     }
     const float factor = 1 / sqrtf(sum(squares) / count + eps);
     for (int64_t i = 0; i < count; i += LANES) {
-        vec gain = load_up_to(weight, i, count - i, type) + offset;
-        if (some) gain += gated_sum(pairs, some, gains, count, i, type);
+        const vec gain = load_up_to(weight, i, count - i, weight_type) + offset;
         store_up_to(out, i, count - i, load_up_to(x, i, count - i, type) * factor * gain, type);
     }
+}
+
+/* wide += factor * values * by; by: NULL for ones. */
+INLINE void add_scaled(const void *values, float factor, const float *by, int64_t count, float *wide, const int type) {
+    for (int64_t i = 0; values && i < count; i += LANES) {
+        const int64_t left = count - i;
+        vec added = factor * load_up_to(values, i, left, type);
+        if (by) added *= load_up_to(by, i, left, FP32);
+        store_up_to(wide, i, left, load_up_to(wide, i, left, FP32) + added, FP32);
+    }
+}
+
+/* The norm of a token whose adapters change its weight, for which `wide` has room. */
+INLINE void gain_row(const void *x, const void *weight, float offset, float eps, void *out, int64_t count, const pair_t *pairs,
+                     int64_t some, const where_t *where, float *wide, const int type) {
+    for (int64_t i = 0; i < count; i += LANES)
+        store_up_to(wide, i, count - i, load_up_to(weight, i, count - i, type), FP32);
+    for (const pair_t *pair = pairs; pair < pairs + some; pair++)
+        add_scaled(gain_of(pair, where), pair->gate, NULL, count, wide, type);
+    norm_row(x, wide, offset, eps, out, count, FP32, type);
 }
 
 /* y += x */
@@ -448,61 +458,51 @@ INLINE void scale_row(const float *x, float scale, void *out, int64_t count, con
         store_up_to(out, i, count - i, load_up_to(x, i, count - i, FP32) * scale, type);
 }
 
-/* made += gate * R x of one adapter's blocks, the `row`-th of each. Blocks lie side by side, each (inputs, outputs). */
-INLINE void turn_row(const float *x, float gate, const turn_t *turn, int64_t row, int64_t count, float *made, const int type) {
-    const int64_t size = turn->size, stride = turn->stride;
-    for (int64_t block = 0; block < count / size; block++) {
-        const int64_t at = (block * turn->rows + row) * size * size;
-        const int64_t first = block / stride * size * stride + block % stride;
-        if (stride == 1 && size >= LANES) {
-            for (int64_t o = 0; o < size; o += LANES) {
-                vec gained = {0};
-                for (int64_t i = 0; i < size; i++)
-                    gained += x[first + i] * load_up_to(turn->blocks.values, at + i * size + o, size - o, type);
-                store_up_to(made, first + o, size - o, load_up_to(made, first + o, size - o, FP32) + gate * gained, FP32);
-            }
-            continue;
+/* made += gate * (R - I) x of one adapter. */
+INLINE void turn_row(const float *x, float gate, const change_t *change, int64_t count, float *made, const int type) {
+    const int64_t size = change->size, stride = change->stride;
+    for (int64_t block = 0; change->blocks && block < count / size; block++) {
+        const int64_t at = block * size * size, first = block / stride * size * stride + block % stride;
+        for (int64_t o = 0; stride == 1 && size >= LANES && o < size; o += LANES) {
+            vec gained = {0};
+            for (int64_t i = 0; i < size; i++) gained += x[first + i] * load_up_to(change->blocks, at + i * size + o, size - o, type);
+            store_up_to(made, first + o, size - o, load_up_to(made, first + o, size - o, FP32) + gate * gained, FP32);
         }
-        for (int64_t o = 0; o < size; o++) {
+        for (int64_t o = 0; (stride > 1 || size < LANES) && o < size; o++) {
             float gained = 0;
-            for (int64_t i = 0; i < size; i++)
-                gained += x[first + i * stride] * widen(turn->blocks.values, at + i * size + o, type);
+            for (int64_t i = 0; i < size; i++) gained += x[first + i * stride] * widen(change->blocks, at + i * size + o, type);
             made[first + o * stride] += gate * gained;
         }
     }
 }
 
-/* What a token's adapters change: see change_t. x becomes it; `wide` has room for 2 * count where there are turns. */
-INLINE void change_row(void *x, const pair_t *pairs, int64_t some, const change_t *change, int64_t count, float *wide,
+/* What a token's adapters do to x, rounded once; `wide` has room for twice as many. */
+INLINE void change_row(void *x, const pair_t *pairs, int64_t some, const where_t *where, int64_t count, float *wide,
                        const int type) {
     float *const made = wide + count;
     for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t left = count - i;
-        const vec value = load_up_to(x, i, left, type);
-        const vec kept = value * (1.0f + gated_sum(pairs, some, &change->scale, count, i, type)) +
-                         gated_sum(pairs, some, &change->bias, count, i, type);
-        if (change->turn_count) {
-            store_up_to(wide, i, left, value, FP32);
-            store_up_to(made, i, left, kept, FP32);
-        } else store_up_to(x, i, left, kept, type);
+        const vec value = load_up_to(x, i, count - i, type);
+        store_up_to(wide, i, count - i, value, FP32);
+        store_up_to(made, i, count - i, value, FP32);
     }
-    for (const turn_t *turn = change->turns; turn < change->turns + change->turn_count; turn++)
-        for (const pair_t *pair = pairs; pair < pairs + some; pair++) {
-            const int64_t row = row_of(pair, &turn->blocks);
-            if (row >= 0) turn_row(wide, pair->gate, turn, row, count, made, type);
-        }
-    for (int64_t i = 0; change->turn_count && i < count; i += LANES)
-        store_up_to(x, i, count - i, load_up_to(made, i, count - i, FP32), type);
+    for (const pair_t *pair = pairs; pair < pairs + some; pair++) {
+        const change_t *const change = change_of(pair, where);
+        if (!change) continue;
+        add_scaled(change->scale, pair->gate, wide, count, made, type);
+        turn_row(wide, pair->gate, change, count, made, type);
+        add_scaled(change->bias, pair->gate, NULL, count, made, type);
+    }
+    for (int64_t i = 0; i < count; i += LANES) store_up_to(x, i, count - i, load_up_to(made, i, count - i, FP32), type);
 }
 
 #define ROWS(TYPE)                                                                                                  \
     static void NAME(norm_##TYPE)(const void *x, const void *weight, float offset, float eps, void *out,            \
                                   int64_t count) {                                                                  \
-        norm_row(x, weight, offset, eps, out, count, NULL, 0, NULL, TYPE);                                          \
+        norm_row(x, weight, offset, eps, out, count, TYPE, TYPE);                                                   \
     }                                                                                                               \
     static void NAME(gain_##TYPE)(const void *x, const void *weight, float offset, float eps, void *out,            \
-                                  int64_t count, const pair_t *pairs, int64_t some, const values_t *gains) {        \
-        norm_row(x, weight, offset, eps, out, count, pairs, some, gains, TYPE);                                     \
+                                  int64_t count, const pair_t *pairs, int64_t some, const where_t *where, float *wide) { \
+        gain_row(x, weight, offset, eps, out, count, pairs, some, where, wide, TYPE);                               \
     }                                                                                                               \
     static void NAME(add_##TYPE)(const void *x, void *y, int64_t count) { add_row(x, y, count, TYPE); }                \
     static void NAME(swiglu_##TYPE)(const void *a, const void *b, void *out, int64_t count) {                       \
@@ -518,9 +518,9 @@ INLINE void change_row(void *x, const pair_t *pairs, int64_t some, const change_
     static void NAME(scale_##TYPE)(const float *x, float scale, void *out, int64_t count) {                         \
         scale_row(x, scale, out, count, TYPE);                                                                      \
     }                                                                                                               \
-    static void NAME(change_##TYPE)(void *x, const pair_t *pairs, int64_t some, const change_t *change,             \
+    static void NAME(change_##TYPE)(void *x, const pair_t *pairs, int64_t some, const where_t *where,               \
                                     int64_t count, float *wide) {                                                   \
-        change_row(x, pairs, some, change, count, wide, TYPE);                                                      \
+        change_row(x, pairs, some, where, count, wide, TYPE);                                                       \
     }
 ROWS(FP32)
 ROWS(BF16)
@@ -687,7 +687,8 @@ ATTEND(BF16)
 #undef add_row
 #undef round_row
 #undef scale_row
-#undef gated_sum
+#undef add_scaled
+#undef gain_row
 #undef turn_row
 #undef change_row
 #undef DOTS

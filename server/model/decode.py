@@ -11,11 +11,10 @@ T tokens, E features, H query heads, K KV heads, D head dimension, F inner featu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,16 +25,16 @@ from server.model.attention import AttentionPlan
 from server.model.grafted import GraftedNorm, Joint, check_count
 from server.model.kv import KvCache
 from server.model.norms import NativeNorm
-from server.primitives.site import Active, SiteOperand
+from server.primitives.site import Active
 
 # As weight_t, layer_t and decode_t in native.c.
 PRODUCTS = ("qkv", "o", "gate_up", "down")
-WEIGHT = np.dtype([("weight", "u8"), ("scales", "u8"), ("sums", "u8"), ("group", "i8")])
+WEIGHT = np.dtype([*((name, "u8") for name in ("weight", "scales", "sums")), ("group", "i8"), ("first", "i8")])
 LAYER = np.dtype(
     [
         *((name, WEIGHT) for name in PRODUCTS),
         *((name, "u8") for name in ("before", "behind", "bias", "keys", "values")),
-        ("window", "i8"),
+        *((name, "i8") for name in ("window", "before_number", "behind_number")),
         *((name, "f4") for name in ("before_eps", "behind_eps", "before_offset", "behind_offset")),
     ]
 )
@@ -55,17 +54,8 @@ STEP = np.dtype(
     ]
 )
 
+TOGETHER = 3  # Linears that read the same input, whose inputs adapters may change for all tokens of a step
 MOST_SEEN = 1 << 15  # positions that all tokens of a step's prompts see
-
-
-@dataclass(frozen=True, slots=True)
-class Sites:
-    """Where what a step's adapters do beside low-rank terms lies: (layers, places) of site_t, 0 for nothing."""
-
-    operands: Mapping[str, SiteOperand]
-    known: bool = True  # whether the native functions know all of it
-    table: npt.NDArray[np.uint64] | None = None  # None: nothing in the layers
-    changed: int = 0  # Linears that read the same input, of which they change it, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +88,11 @@ class Decode:
                 scales, sums = 0, 0
                 if isinstance(product, Int8Tiled):
                     scales, sums = product.scales_O.data_ptr(), product.sums_O.data_ptr()
-                row[name] = product.packed.data_ptr(), scales, sums, joint.group
-            for name in ("before", "behind"):
-                norm = getattr(layer, name).fast
-                row[name], row[f"{name}_eps"], row[f"{name}_offset"] = norm.weight_F.data_ptr(), norm.eps, norm.offset
+                row[name] = product.packed.data_ptr(), scales, sums, joint.group, joint.members[0].number
+            for name, norm in (("before", layer.before), ("behind", layer.behind)):
+                assert norm.fast is not None and norm.number is not None
+                row[name], row[f"{name}_number"] = norm.fast.weight_F.data_ptr(), norm.number
+                row[f"{name}_eps"], row[f"{name}_offset"] = norm.fast.eps, norm.fast.offset
             row["bias"] = 0 if layer.qkv.bias is None else layer.qkv.bias.data_ptr()
             row["window"] = layer.window or 0
         self._step = np.zeros(1, STEP)
@@ -109,17 +100,13 @@ class Decode:
         self._heads = first.qkv.members[0].end // first.dim
         self._inner = first.gate_up.members[0].end
         self._cache: KvCache | None = None
-        self._names = [_names(layer) for layer in layers]
-        self._sites = Sites({})
+        self._names = {member.name for layer in layers for joint in _joints(layer) for member in joint.members}
+        self._names |= {norm.name for layer in layers for norm in (layer.before, layer.behind)}
 
     def serves(self, plan: AttentionPlan) -> bool:
         """Whether the step's prompts see little, and the native functions know what its adapters do in the layers."""
         seen = sum(span.count * span.length for span in plan.spans)
-        if seen > MOST_SEEN or self._active.routes is not None:
-            return False
-        if self._sites.operands is not self._active.operands:
-            self._sites = self._find_sites(self._active.operands)
-        return self._sites.known
+        return seen <= MOST_SEEN and self._active.routes is None and self._names.isdisjoint(self._active.operands)
 
     def compute(self, stream_TE: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         """What the last MLP adds to the stream, which has all else by then. bf16. Raises: MemoryError."""
@@ -130,14 +117,12 @@ class Decode:
         lengths_T, blocks_TN = _as_decodes(plan)
         self._note_cache(plan.cache)
         kv_heads, rows, dim = plan.cache.keys[self._layers[0].number].shape
-        held, runs, sites = (0, 0, 0), (0, 0, 0), 0
-        if self._active.gates is not None:
+        held, runs, sites, most = (0, 0, 0), (0, 0, 0), 0, tokens
+        if self._active.gathered is not None and self._active.gates is not None:
             check_count(self._layers[0].qkv.members[0].name, tokens, self._active.gates)
-            runs = self._active.gates.runs.places
-            if self._active.gathered is not None:
-                held = self._active.gathered.places
-            if self._sites.table is not None:
-                sites = self._sites.table.ctypes.data
+            held, runs = self._active.gathered.places, self._active.gates.runs.places
+            if self._active.gathered.changes is not None:
+                sites, most = self._active.gathered.changes.address, tokens * (1 + TOGETHER)
         self._step[0] = (
             *(tokens, features, self._heads, kv_heads, dim, self._inner),
             *(cos_TR.data_ptr(), sin_TR.data_ptr(), cos_TR.shape[1]),
@@ -145,7 +130,7 @@ class Decode:
             *(rows, blocks_TN.shape[1], plan.cache.block_size),
             *(*runs, *held, sites, self._layers[0].scale, SMALLEST),
         )
-        query, most = self._heads * dim, tokens * (1 + self._sites.changed)
+        query = self._heads * dim
         by_row = features + query + 2 * kv_heads * dim + 2 * self._inner + max(features, query, self._inner) // 2 + 3
         work = torch.empty(
             most * by_row + tokens * (query + self._inner + max(query, self._inner)), dtype=torch.bfloat16
@@ -166,35 +151,11 @@ class Decode:
         plan.seen += len(self._layers)
         return pending_TE
 
-    def _find_sites(self, operands: Mapping[str, SiteOperand]) -> Sites:
-        table = np.zeros((len(self._layers), len(self._names[0])), np.uint64)
-        changed = 0
-        for row, layer, names in zip(table, self._layers, self._names, strict=True):
-            own = {name: operands[name] for name in names if name in operands}
-            norms = layer.before.name, layer.behind.name
-            if not all(operand.is_gain if name in norms else operand.is_in_place for name, operand in own.items()):
-                return Sites(operands, known=False)
-            row[:] = [_address(own.get(name)) for name in names]
-            for joint in (layer.qkv, layer.gate_up):
-                inputs = [member.name in own and bool(own[member.name].input_layout) for member in joint.members]
-                changed = max(changed, sum(inputs))
-        return Sites(operands, table=table if table.any() else None, changed=changed)
-
     def _note_cache(self, cache: KvCache) -> None:
         if cache is not self._cache:
             self._table["keys"] = [cache.keys[layer.number].data_ptr() for layer in self._layers]
             self._table["values"] = [cache.values[layer.number].data_ptr() for layer in self._layers]
             self._cache = cache
-
-
-def _names(layer: Parts) -> list[str]:
-    """In the order of native.c: the members of its products, then its norms."""
-    members = [member.name for joint in _joints(layer) for member in joint.members]
-    return [*members, layer.before.name, layer.behind.name]
-
-
-def _address(operand: SiteOperand | None) -> int:
-    return 0 if operand is None or operand.changes is None else operand.changes.address
 
 
 def _as_decodes(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
@@ -228,7 +189,7 @@ def fits(layers: Sequence[Parts]) -> bool:
         and layer.gate_up.bias is None
         and layer.down.bias is None
         and all(
-            isinstance(norm.fast, NativeNorm) and norm.fast.weight_F.dtype == torch.bfloat16
+            isinstance(norm.fast, NativeNorm) and norm.fast.weight_F.dtype == torch.bfloat16 and norm.number is not None
             for norm in (layer.before, layer.behind)
         )
         for layer in layers

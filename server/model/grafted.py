@@ -44,6 +44,7 @@ class Sites:
     norms: Mapping[str, NormShape]
     embedding: EmbeddingShape | None
     groups: tuple[tuple[str, ...], ...]  # of Linears that read the same input
+    numbers: Mapping[str, int]  # of the Linears, group by group, and of the norms that native functions can change
 
 
 def gates_of_all(active: Active) -> Gates | None:
@@ -56,12 +57,13 @@ def gates_of_wanted(active: Active) -> Gates | None:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One Linear of a joint: its columns of the joint's product, and the base's own bias."""
+    """One Linear of a joint: its columns of the joint's product, the base's own bias, and its number (`Sites`)."""
 
     name: str
     first: int
     end: int
     bias_O: Tensor | None
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,59 +113,47 @@ class Joint:
 
     def compute(self, x_TI: Tensor) -> list[Tensor]:
         """y (T, O) of every member, in order; nobody else holds them."""
-        y_TO = self._compute_in_place(x_TI)
-        if y_TO is None:
-            return self._compute_apart(x_TI)
-        if self.bias is not None:
-            y_TO += self.bias
-        return self._columns(y_TO)
-
-    def side_by_side(self, x_TI: Tensor) -> Tensor | None:
-        """y (T, O) of all members without the base's bias; None where adapters do more than change it where it is."""
-        return None if self._active.routes is not None else self._compute_in_place(x_TI)
-
-    def _compute_in_place(self, x_TI: Tensor) -> Tensor | None:
-        active, gates = self._active, self._gates_of(self._active)
-        if gates is None:
-            return self.product(x_TI)
-        operands = {
-            place: active.operands[member.name]
-            for place, member in enumerate(self.members)
-            if member.name in active.operands
-        }
-        if not all(operand.is_in_place for operand in operands.values()):
-            return None
-        if operands or self._has_terms:
-            check_count(self.members[0].name, x_TI.shape[0], gates)
-        if operands and len(self.members) == 1:
-            y_TO = self.product(before_product(x_TI, gates, operands[0]) if operands[0].input_layout else x_TI)
-        else:
-            y_TO = self._multiply(x_TI, gates)
+        y_TO = self._in_place(x_TI)
         outputs = self._columns(y_TO)
-        for place, operand in operands.items():
-            after_product(outputs[place], x_TI, gates, operand)
-        if active.gathered is not None and self._has_terms:
-            active.gathered.add_side_by_side(self.group, x_TI, y_TO, self._firsts, gates.runs)
-        return y_TO
-
-    def _compute_apart(self, x_TI: Tensor) -> list[Tensor]:
-        """Each member's outputs in a tensor of their own, where adapters replace some."""
-        active, gates = self._active, self._gates_of(self._active)
-        assert gates is not None
-        check_count(self.members[0].name, x_TI.shape[0], gates)
-        outputs = self._columns(self._multiply(x_TI, gates))
+        replaced = False
+        gates = self._gates_of(self._active)
         for place, member in enumerate(self.members):
-            if member.name in active.operands:
-                outputs[place] = after_product(outputs[place], x_TI, gates, active.operands[member.name])
-        if active.gathered is not None and self._has_terms:
-            active.gathered.add(self.group, x_TI, outputs, gates.runs)
+            operand = self._active.operands.get(member.name)
+            if operand is not None and gates is not None:
+                check_count(member.name, x_TI.shape[0], gates)
+                outputs[place] = after_product(outputs[place], x_TI, gates, operand)
+                replaced = True
+        if self.bias is None:
+            return outputs
+        if not replaced:
+            y_TO += self.bias
+            return outputs
         return [
             y if member.bias_O is None else y + member.bias_O for y, member in zip(outputs, self.members, strict=True)
         ]
 
-    @property
-    def _has_terms(self) -> bool:
-        return self._active.gathered is not None and self._active.gathered.acts(self.group)
+    def side_by_side(self, x_TI: Tensor) -> Tensor | None:
+        """y (T, O) of all members without the base's bias; None where adapters do more than the kernels know."""
+        active = self._active
+        if active.routes is not None or any(member.name in active.operands for member in self.members):
+            return None
+        return self._in_place(x_TI)
+
+    def _in_place(self, x_TI: Tensor) -> Tensor:
+        """y (T, O) of all members, with what the kernels know of the adapters."""
+        gates, gathered = self._gates_of(self._active), self._active.gathered
+        if gates is None:
+            return self.product(x_TI)
+        y_TO = self._multiply(x_TI, gates)
+        if gathered is None:
+            return y_TO
+        check_count(self.members[0].name, x_TI.shape[0], gates)
+        if gathered.changes is not None:
+            for member, own_TO in zip(self.members, self._columns(y_TO), strict=True):
+                gathered.changes.change_output(member.number, own_TO, gates.runs.places)
+        if gathered.acts(self.group):
+            gathered.add_side_by_side(self.group, x_TI, y_TO, self._firsts, gates.runs)
+        return y_TO
 
     def _columns(self, y_TO: Tensor) -> list[Tensor]:
         return [y_TO] if len(self.members) == 1 else list(torch.split_with_sizes(y_TO, self._widths, 1))
@@ -187,14 +177,25 @@ class Joint:
 
     def _changed_inputs(self, x_TI: Tensor, gates: Gates) -> dict[int, Changed]:
         """By a member's place, for the tokens whose input some adapter changes there; the others keep their W x."""
+        active = self._active
+        changes = None if active.gathered is None else active.gathered.changes
         changed = {}
         for place, member in enumerate(self.members):
-            operand = self._active.operands.get(member.name)
-            if operand is None or not operand.input_layout:
+            operand = active.operands.get(member.name)
+            layout = () if operand is None else operand.input_layout
+            columns = () if changes is None else changes.columns_before(member.number)
+            if not layout and not columns:
                 continue
-            tokens_n, own = gates.carrying(operand.input_layout)
-            if len(tokens_n):  # none: those that did have left the batch
-                changed[place] = Changed(tokens_n, before_product(x_TI.index_select(0, tokens_n), own, operand))
+            check_count(member.name, x_TI.shape[0], gates)
+            tokens_n, own = gates.carrying(layout + columns)
+            if not len(tokens_n):  # those that did have left the batch
+                continue
+            x_nI = x_TI.index_select(0, tokens_n)
+            if operand is not None:
+                x_nI = before_product(x_nI, own, operand)
+            if changes is not None:
+                changes.change_input(member.number, x_nI, own.runs.places)
+            changed[place] = Changed(tokens_n, x_nI)
         return changed
 
 
@@ -254,13 +255,16 @@ class GraftedEmbedding(nn.Module):
 class GraftedNorm(nn.Module):
     """A norm of the base and its Site."""
 
-    def __init__(self, name: str, base: nn.Module, unit: Unit, active: Active, fast: NativeNorm | None) -> None:
-        """`fast` gives what the base gives."""
+    def __init__(
+        self, name: str, base: nn.Module, unit: Unit, active: Active, fast: NativeNorm | None, number: int | None
+    ) -> None:
+        """`fast` gives what the base gives; with a number (`Sites`) a row is a token."""
         super().__init__()
         self.name = name
         self.base = base
         self.fast = fast
         self.compute = fast or base.forward
+        self.number = number
         self.unit = unit.norm
         self.axis = unit.axis
         self.active = active
@@ -276,18 +280,24 @@ class GraftedNorm(nn.Module):
 
     def _with_adapters(self, x: Tensor, y: Tensor) -> Tensor:
         """From what the base's norm gives for x, which may become it."""
-        operand = self.active.operands.get(self.name)
-        gates = self.active.gates
-        if operand is None or gates is None:
+        active = self.active
+        operand, gates = active.operands.get(self.name), active.gates
+        if gates is None:
+            return y
+        if (
+            self.number is not None
+            and self.fast
+            and active.gathered is not None
+            and active.gathered.changes is not None
+        ):
+            check_count(self.name, x.shape[self.axis], gates)
+            rows = x.contiguous().view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+            active.gathered.changes.change_norm(
+                self.number, *rows, gates.runs.places, self.fast.weight_F, self.fast.offset, self.fast.eps
+            )
+        if operand is None:
             return y
         check_count(self.name, x.shape[self.axis], gates)
-        by_token = x.shape[:-1].numel() == x.shape[self.axis] and x.is_contiguous() and y.is_contiguous()
-        if self.fast is not None and by_token and operand.changes is not None and operand.is_gain:
-            rows = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            operand.changes.change_norm(
-                *rows, gates.runs, self.fast.weight_F, offset=self.fast.offset, eps=self.fast.eps
-            )
-            return y
         return apply_norm(y, lambda: self.unit(x), gates, operand, axis=self.axis)
 
 
@@ -334,10 +344,11 @@ def graft_network(
     tied = head is not None and head.weight is table.weight
     groups = _groups(linears, inputs, head_name, held)
     shapes: dict[str, SiteShape] = {}
+    numbers = {name: number for number, name in enumerate(name for names in groups for name in names)}
     for number, names in enumerate(groups):
         product = _product([linears[name] for name in names], [held[name] for name in names if name in held], stored)
         gates_of = gates_of_wanted if head_name in names else gates_of_all
-        shapes |= _join(network, number, names, active, gates_of, product)
+        shapes |= _join(network, number, {name: numbers[name] for name in names}, active, gates_of, product)
     for name, module in modules.items():
         grafted: nn.Module
         if module is table and factor is not None:
@@ -345,11 +356,14 @@ def graft_network(
             grafted = GraftedEmbedding(name, module, active)
         elif name in seen and (unit := prove_norm(module, seen[name], lengths)) is not None:
             norms[name] = norm_shape(module)
-            grafted = GraftedNorm(name, module, unit, active, fast_norm(module, seen[name]))
+            fast = fast_norm(module, seen[name])
+            if fast is not None and all(x.shape[:-1].numel() == n for x, n in zip(seen[name], lengths, strict=True)):
+                numbers[name] = len(numbers)
+            grafted = GraftedNorm(name, module, unit, active, fast, numbers.get(name))
         else:
             continue
         _replace(network, name, grafted)
-    return Sites({name: shapes[name] for name in linears}, norms, embedding, groups)
+    return Sites({name: shapes[name] for name in linears}, norms, embedding, groups, numbers)
 
 
 def weight_bytes(network: nn.Module) -> int:
@@ -378,20 +392,20 @@ def _groups(
 
 
 def _join(
-    network: nn.Module, number: int, names: Sequence[str], active: Active, gates_of: GatesOf, product: Product
+    network: nn.Module, group: int, numbers: Mapping[str, int], active: Active, gates_of: GatesOf, product: Product
 ) -> dict[str, SiteShape]:
     """Put one joint in the places of these Linears."""
-    modules = [network.get_submodule(name) for name in names]
+    modules = [network.get_submodule(name) for name in numbers]
     shapes = {}
     members: list[Member] = []
-    for name, module in zip(names, modules, strict=True):
+    for (name, number), module in zip(numbers.items(), modules, strict=True):
         inputs, outputs = _features(module)
         bias_O = _detach_bias(module)
         shapes[name] = SiteShape(inputs, outputs, bias_O, isinstance(module, Conv1D))
         first = members[-1].end if members else 0
-        members.append(Member(name, first, first + outputs, bias_O))
-    joint = Joint(number, members, product, active, gates_of)
-    for place, name in enumerate(names):
+        members.append(Member(name, first, first + outputs, bias_O, number))
+    joint = Joint(group, members, product, active, gates_of)
+    for place, name in enumerate(numbers):
         _replace(network, name, GraftedLinear(joint, place, active))
     return shapes
 

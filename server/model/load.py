@@ -109,6 +109,7 @@ def load_network(config: ModelConfig, folder: Path, *, name: str) -> Network:
         parameters=graft_experts(stock, active),
         decoder_layers=decoder_layers,
         groups=sites.groups,
+        numbers=sites.numbers,
         weight_bytes=weight_bytes(stock),
     )
     network = Network(stock, facts, active, places)

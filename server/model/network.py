@@ -59,6 +59,7 @@ class BaseFacts:
     parameters: Mapping[str, ParameterShape] = field(default_factory=dict)  # weights of routers and experts
     decoder_layers: tuple[str, ...] = ()  # module names; none where they could not be told
     groups: tuple[tuple[str, ...], ...] = ()  # of Linears that read the same input
+    numbers: Mapping[str, int] = field(default_factory=dict)  # of Linears and norms: see `server.model.grafted.Sites`
     weight_bytes: int = 0  # of the base in memory, as it is held
 
 

@@ -20,13 +20,11 @@ and the rows are pairs of a token and an expert (`server.primitives.experts`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from server.kernels import native
-from server.kernels.changes import Change, Changes, Turn, Values
 from server.kernels.gathered import Gathered
 from server.primitives import bias, delta, edit, experts, gain, lowrank, rotate, scale
 from server.primitives.gates import Gates
@@ -110,18 +108,6 @@ class SiteOperand:
     gain: gain.GainOperand | None
     edit: edit.EditOperand | None
     experts: experts.ExpertsOperand | None
-    changes: Changes | None = None  # scales, rotations, biases and gains once more, where the native functions run
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether `changes` are all that there is."""
-        others = (self.lowrank, self.delta, self.edit, self.experts)
-        return self.changes is not None and all(other is None for other in others)
-
-    @property
-    def is_gain(self) -> bool:
-        """Whether `changes` are a norm's, of its weight alone."""
-        return self.is_in_place and self.gain is not None and self.bias is None
 
     @property
     def input_layout(self) -> tuple[int, ...]:
@@ -135,8 +121,8 @@ class SiteOperand:
 class Active:
     """The adapters of the step in hand, read by every grafted module; the engine sets it before each forward pass.
 
-    The output head sees only the tokens whose logits are wanted: `wanted_gates` are theirs. Low-rank terms stand in
-    `gathered` where its kernels run, in `operands` otherwise.
+    The output head sees only the tokens whose logits are wanted: `wanted_gates` are theirs. What native kernels know
+    stands in `gathered` where they run, in `operands` otherwise.
     """
 
     operands: Mapping[str, SiteOperand] = field(default_factory=dict)
@@ -158,7 +144,7 @@ def pack_site(values: Sequence[tuple[int, SiteValue]], dtype: torch.dtype | None
     gains = [(column, value.gain) for column, value in values if value.gain is not None]
     edits = [(column, value.edit) for column, value in values if value.edit is not None]
     fused = [(column, value.experts) for column, value in values if value.experts is not None]
-    operand = SiteOperand(
+    return SiteOperand(
         scale.pack(ins) if ins else None,
         scale.pack(outs) if outs else None,
         lowrank.pack(lows, dtype) if lows else None,
@@ -170,7 +156,6 @@ def pack_site(values: Sequence[tuple[int, SiteValue]], dtype: torch.dtype | None
         edit.pack(edits) if edits else None,
         experts.pack(fused) if fused else None,
     )
-    return replace(operand, changes=_changes(operand, dtype))
 
 
 def apply_site(
@@ -183,25 +168,17 @@ def apply_site(
 
 def before_product(x_TI: Tensor, gates: Gates, operand: SiteOperand) -> Tensor:
     """x'."""
-    if operand.changes is not None:
-        made_TI = x_TI.clone(memory_format=torch.contiguous_format)
-        operand.changes.change_input(made_TI, gates.runs)
-        return made_TI
     return _transform(x_TI, gates, operand.scale_in, operand.rotate_in)
 
 
 def after_product(y_TO: Tensor, x_TI: Tensor, gates: Gates, operand: SiteOperand) -> Tensor:
-    """All of y but the base's bias, from W x', which may become it."""
-    if operand.changes is not None:
-        y_TO = y_TO if y_TO.stride(1) == 1 else y_TO.contiguous()
-        operand.changes.change_output(y_TO, gates.runs)
-    else:
-        y_TO = _transform(y_TO, gates, operand.scale_out, operand.rotate_out)
+    """All of y but the base's bias, from W x'."""
+    y_TO = _transform(y_TO, gates, operand.scale_out, operand.rotate_out)
     if operand.lowrank is not None:
         y_TO = lowrank.apply(y_TO, x_TI, gates, operand.lowrank)
     if operand.delta is not None:
         y_TO = delta.apply(y_TO, x_TI, gates, operand.delta)
-    if operand.bias is not None and operand.changes is None:
+    if operand.bias is not None:
         y_TO = bias.apply(y_TO, gates, operand.bias)
     return y_TO
 
@@ -212,33 +189,6 @@ def _transform(
     """One side: both read x."""
     made_TF = x_TF if scales is None else scale.apply(x_TF, gates, scales)
     return made_TF if rotations is None else rotate.apply(made_TF, x_TF, gates, rotations)
-
-
-def _changes(operand: SiteOperand, dtype: torch.dtype | None) -> Changes | None:
-    """None where there are none, or not in the activations' dtype, or where the native functions do not run."""
-    made = Changes(
-        Change(_values(operand.scale_in), None, _turns(operand.rotate_in)),
-        Change(
-            _values(operand.scale_out),
-            None if operand.bias is None else Values(operand.bias.bias_NO, operand.bias.layout),
-            _turns(operand.rotate_out),
-        ),
-        None if operand.gain is None else Values(operand.gain.weight_NF, operand.gain.layout),
-    )
-    dtypes = {(one.values.device, one.values.dtype) for one in made.values}
-    if len(dtypes) != 1:
-        return None
-    ((device, own),) = dtypes
-    return made if native.serves(device, own) and own == (dtype or own) else None
-
-
-def _values(operand: scale.ScaleOperand | None) -> Values | None:
-    return None if operand is None else Values(operand.excess_NF, operand.layout)
-
-
-def _turns(operand: rotate.RotateOperand | None) -> list[Turn]:
-    groups = () if operand is None else operand.groups
-    return [Turn(Values(group.stacked_BPS, group.layout), group.size, group.stride) for group in groups]
 
 
 def apply_embedding(ids_T: Tensor, gates: Gates, operand: SiteOperand, product: Callable[[Tensor], Tensor]) -> Tensor:

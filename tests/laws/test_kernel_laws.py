@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.kernels import native
+from server.kernels.changes import Change, Changes, ChangeTable, SiteChange, tabulate_changes
 from server.kernels.gathered import Gathered, Row, Runs, Term, tabulate
 from server.kernels.products import Half, Ordered, Plain, Tiled, fastest
 from server.model.attention import AttentionPlan, decode_gathered, decode_in_place
@@ -28,7 +29,6 @@ from server.primitives.lowrank import LowRank, apply_loop
 from server.primitives.prefix import LayerShape
 from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
-from server.primitives.site import SiteValue, pack_site
 
 CLOSE = 1e-4  # fp32, sums of up to a hundred products in another order
 CLOSE_BF16 = 2e-2  # one rounding of a result of size one to bf16, and one of a difference
@@ -321,24 +321,21 @@ def test_what_adapters_change_where_it_is_is_the_plain_loop(
         k: torch.randn(features, generator=rng).to(dtype) for k, kind in zip(places, kinds, strict=True) if kind & 8
     }
     turns = {k: some_turn(rng, features, kind & 3, dtype) for k, kind in zip(places, kinds, strict=True) if k % 4 == 1}
-    values = [
-        (
-            k,
-            SiteValue(
-                scale_out=Scale(scales[k]) if k in scales else None,
-                bias=Bias(biases[k]) if k in biases else None,
-                rotate_out=turns.get(k),
-            ),
-        )
-        for k in places
-    ]
-    operand = pack_site(values, dtype)
+    tables: list[ChangeTable | None] = [None] * (2 * len(kinds))
+    for k in places:
+        turn = turns.get(k, Rotate(torch.zeros(0, 1, 1)))
+        blocks_BSS = turn.excess_BSS.transpose(1, 2).contiguous() if k in turns else None
+        change = Change(scales.get(k), biases.get(k), blocks_BSS, turn.stride)
+        tables[k] = tabulate_changes({1: SiteChange(behind=change)}, 2)
     rows = torch.randint(-2, 3, (len(counts), 2 * len(kinds)), generator=rng) / 4
     rows[0] = 0
     carried = [[(k, gate) for k, gate in enumerate(row) if gate] for row in rows.tolist()]
     runs = Runs(list(zip(counts, carried, strict=True)))
-    if operand.changes is not None:
-        operand.changes.change_output(whole[:, columns], runs)
+    changes = Changes(tables)
+    changes.change_output(0, whole[:, columns], runs.places)
+    changes.change_input(1, whole[:, columns], runs.places)
+    assert torch.equal(whole, before) and not changes.columns_before(1)
+    changes.change_output(1, whole[:, columns], runs.places)
     gates_TK = rows.repeat_interleave(torch.tensor(counts), 0)
     x_TF = before[:, columns].float()
     expected = scale.apply_loop(x_TF, gates_TK, [(k, Scale(one.float())) for k, one in scales.items()])
@@ -357,19 +354,16 @@ def test_what_adapters_change_where_it_is_is_the_plain_loop(
 def test_several_threads_change_what_one_changes() -> None:
     rng = torch.Generator().manual_seed(0)
     features = 4096
-    values = [
-        SiteValue(scale_out=Scale(torch.randn(features, generator=rng))),
-        SiteValue(rotate_out=Rotate(torch.randn(features // 64, 64, 64, generator=rng))),
-    ]
-    changes = pack_site(list(enumerate(values))).changes
-    assert changes is not None
+    each = Change(torch.randn(features, generator=rng)), Change(blocks_BSS=torch.randn(64, 64, 64, generator=rng))
+    changes = Changes([tabulate_changes({0: SiteChange(before=one)}, 1) for one in each])
+    assert changes.columns_before(0) == (0, 1)
     y = torch.randn(30, features, generator=rng)
     runs = Runs([(3, [(0, 1.0)]), (2, []), (20, [(1, 0.5)]), (5, [(0, 0.5), (1, -1.0)])])
     one, other = y.clone(), y.clone()
     with threads_of(1):
-        changes.change_output(one, runs)
+        changes.change_input(0, one, runs.places)
     with threads_of(3):
-        changes.change_output(other, runs)
+        changes.change_input(0, other, runs.places)
     assert torch.equal(one, other)
     assert torch.equal(one[3:5], y[3:5]) and not (one == y).all(1)[5:].any()
 
@@ -397,9 +391,9 @@ def test_a_norm_whose_weight_adapters_change_is_the_plain_loop(
     gates_TK[0] = 0
     base_TF = native.rms_norm(x_TF, weight_F, offset=offset, eps=1e-6)
     made_TF = base_TF.clone()
-    operand = pack_site([(k, SiteValue(gain=one)) for k, one in gains], dtype)
-    assert operand.changes is not None and operand.is_gain
-    operand.changes.change_norm(x_TF, made_TF, Gates(gates_TK).runs, weight_F, offset=offset, eps=1e-6)
+    tables = [tabulate_changes({0: SiteChange(gain_F=one.weight_F)}, 1) for _, one in gains]
+    changes = Changes([one for table in tables for one in (table, None)])
+    changes.change_norm(0, x_TF, made_TF, Gates(gates_TK).runs.places, weight_F, offset, 1e-6)
     n_TF = x_TF.float() / (x_TF.float().pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
     wide = [(k, Gain(one.weight_F.float())) for k, one in gains]
     expected = gain.apply_loop(n_TF * (weight_F.float() + offset), n_TF, gates_TK, wide, axis=0)

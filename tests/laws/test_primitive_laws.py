@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.adapters.bank import Bank
-from server.primitives import bias, delta, experts, gain, lowrank, rotate, scale, site
+from server.primitives import bias, delta, experts, gain, lowrank, rotate, scale
 from server.primitives.bias import Bias
 from server.primitives.delta import Delta
 from server.primitives.experts import ExpertsLowRank, Group
@@ -33,15 +31,6 @@ seeds = st.integers(0, 2**31)
 ranks = st.lists(st.integers(1, 5), min_size=1, max_size=5)
 tokens = st.integers(1, 7)
 row_counts = st.lists(st.integers(0, 4), min_size=EXPERTS, max_size=EXPERTS).filter(any)  # of each expert
-
-
-@pytest.fixture(autouse=True, scope="module", params=["native", "plain"])
-def native_or_plain(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What native functions change where it is, and torch's operations elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "plain":
-            patch.setattr(site, "_changes", lambda operand, dtype: None)
-        yield
 
 
 def random(seed: int) -> torch.Generator:

@@ -191,7 +191,7 @@ class Bench:
     max_running: int = 64
     blocks: int = 256
     max_rank: int = 64
-    gathered: bool = True  # low-rank terms by the native kernels, where they were built; else by torch's operations
+    gathered: bool = True  # adapters by the native kernels, where they were built; else by torch's operations
     max_delta_error: float = 0.0  # so a change of full rank is served at full rank, which these bases allow
     steps: int = 0
     mixed_steps: int = 0
@@ -264,7 +264,7 @@ class Bench:
         cache = self.network.new_cache(self.blocks, self.block_size)
         facts = self.network.facts
         gathered = self.gathered and native.serves(facts.device, facts.dtype)
-        bank = Bank(facts.dtype, facts.groups if gathered else ())
+        bank = Bank(facts.dtype, facts.groups, facts.numbers) if gathered else Bank(facts.dtype)
         scheduler = Scheduler(
             pool, block_size=self.block_size, max_batch_tokens=self.max_batch_tokens, max_running=self.max_running
         )

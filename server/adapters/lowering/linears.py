@@ -183,7 +183,8 @@ def _site_value(
 
 
 def _placed(rotation: Rotation, target: Target) -> Rotate:
-    return Rotate(target.place(rotation.excess_BSS), rotation.stride)
+    """Stored as it is read: input by input."""
+    return Rotate(target.place(rotation.excess_BSS.transpose(1, 2)).transpose(1, 2), rotation.stride)
 
 
 def _sparse(entries: Entries, module: str, target: Target) -> delta.Delta:

@@ -134,7 +134,7 @@ def decoding(
     places = [blocks[n, (length - 1) // BLOCK] * BLOCK + (length - 1) % BLOCK for n, length in enumerate(lengths)]
     plan = AttentionPlan(cache, torch.tensor(places), torch.tensor(lengths), blocks, [])
     ids = torch.randint(0, 64, (len(lengths),), generator=generator)
-    bank = Bank(network.facts.dtype, network.facts.groups)
+    bank = Bank(network.facts.dtype, network.facts.groups, network.facts.numbers)
     bank.activate(grafts)
     gates = gates_from_rows(runs, bank.size, cache.keys[0]) if grafts else None
     every = torch.arange(len(lengths))

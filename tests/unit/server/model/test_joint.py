@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from server.adapters.bank import Bank
 from server.kernels import native
 from server.kernels.products import Plain, Product, Tiled
 from server.model.grafted import Joint, Member, gates_of_all
 from server.primitives.bias import Bias
 from server.primitives.gates import Gates
+from server.primitives.graft import Graft
 from server.primitives.rotate import Rotate
 from server.primitives.scale import Scale
 from server.primitives.site import Active, SiteValue, apply_site, pack_site
@@ -18,19 +20,21 @@ TOKENS, IN, WIDTHS = 5, 64, (20, 12)
 BOTH = [pytest.param(Plain, id="plain")]
 if native.LIBRARY is not None:
     BOTH.append(pytest.param(Tiled, id="tiles"))
+built = pytest.mark.skipif(native.LIBRARY is None, reason="no C compiler was at hand when this was installed")
 
 
+@pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=built)])
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("kind", BOTH)
-def test_each_linear_has_its_own_changed_inputs(kind: type[Plain | Tiled], alone: bool) -> None:
-    """Beside another, or by itself."""
+def test_each_linear_has_its_own_changed_inputs(kind: type[Plain | Tiled], alone: bool, in_place: bool) -> None:
+    """Beside another, or by itself; what adapters do by torch's operations, or by the native kernels."""
     rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=rng).bfloat16()
 
     weight_OI, x_TI = normal(sum(WIDTHS), IN), normal(TOKENS, IN)
-    members = [Member("a", 0, WIDTHS[0], None), Member("b", WIDTHS[0], sum(WIDTHS), None)]
+    members = [Member("a", 0, WIDTHS[0], None, 0), Member("b", WIDTHS[0], sum(WIDTHS), None, 1)]
     if alone:
         weight_OI, members = weight_OI[: WIDTHS[0]].contiguous(), members[:1]
     values = {
@@ -41,12 +45,20 @@ def test_each_linear_has_its_own_changed_inputs(kind: type[Plain | Tiled], alone
         ],
     }
     gates_TK = torch.tensor([[1.0, 0], [0, 0], [0, 0.5], [0.25, -1], [0, 1]])
-    active = Active({name: pack_site(own) for name, own in values.items()}, gates=Gates(gates_TK.bfloat16()))
+    operands = {name: pack_site(own) for name, own in values.items()}
+    active = Active(operands, gates=Gates(gates_TK.bfloat16()))
+    if in_place:
+        by_column = [{name: value for name, own in values.items() for k, value in own if k == n} for n in range(2)]
+        grafts = [Graft(f"{n}", f"{n}@1", sites) for n, sites in enumerate(by_column)]
+        bank = Bank(torch.bfloat16, [("a", "b")], {"a": 0, "b": 1})
+        bank.activate(grafts)
+        active = Active(bank.operands, bank.gathered, active.gates)
+        assert not bank.operands
     product: Product = kind(weight_OI)
     outputs = Joint(0, members, product, active, gates_of_all).compute(x_TI)
     for member, y_TO in zip(members, outputs, strict=True):
         own: Product = kind(weight_OI[member.first : member.end].contiguous())
         assert active.gates is not None
-        expected = apply_site(x_TI, active.gates, active.operands[member.name], own, None)
-        torch.testing.assert_close(y_TO, expected, atol=2**-6, rtol=2**-6)
+        expected = apply_site(x_TI, active.gates, operands[member.name], own, None)
+        torch.testing.assert_close(y_TO, expected, atol=2**-3 if in_place else 2**-6, rtol=2**-6)
         assert torch.equal(y_TO[1], product(x_TI)[1, member.first : member.end])
