@@ -192,17 +192,21 @@ static const loops_t *loops(void) {
     return &any;
 }
 
-/* Room that the calling thread keeps from call to call. */
-static float *room(int64_t floats) {
-    static _Thread_local float *kept;
-    static _Thread_local int64_t size;
-    if (size < floats) {
-        free(kept);
-        kept = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        size = kept ? floats : 0;
+/* Room that the calling thread keeps from call to call, for each purpose its own. */
+enum { IN_LOOPS, IN_PRODUCT, FOR_TERMS_ADDED, PURPOSES };
+
+static void *room_for(int purpose, int64_t size) {
+    static _Thread_local void *kept[PURPOSES];
+    static _Thread_local int64_t sizes[PURPOSES];
+    if (sizes[purpose] < size) {
+        free(kept[purpose]);
+        kept[purpose] = aligned_alloc(LINE, (size + LINE - 1) / LINE * LINE);
+        sizes[purpose] = kept[purpose] ? size : 0;
     }
-    return kept;
+    return kept[purpose];
 }
+
+static float *room(int64_t floats) { return room_for(IN_LOOPS, floats * sizeof(float)); }
 
 /* A call of mg_lowrank: what all of its pieces share. A piece is a few neighbouring tokens that carry the same adapters. */
 typedef struct {
@@ -287,6 +291,63 @@ static void expand_piece(const lowrank_t *job, const run_t *run, int64_t first, 
         }
 }
 
+static int64_t bytes(int64_t numbers, int type) { return numbers * (type == FP32 ? 4 : 2); }
+
+static void *moved(const void *p, int64_t numbers, int type) { return (char *)p + bytes(numbers, type); }
+
+/* What mg_lowrank does, for the runs that are not `taken`; NULL: none is. */
+static int add_terms(const lowrank_t *job, const run_t *runs, int64_t run_count, const char *taken, int threads) {
+    int64_t most = 0, needed = 0, pieces = 0;
+#define FOR_RUNS(run)                                                    \
+    for (const run_t *run = runs; run < runs + run_count; run++)         \
+        if (!taken || !taken[run - runs])
+    FOR_RUNS(run) {
+        const int64_t ranks = ranks_of(job, run);
+        needed += run->count * ranks;
+        most = ranks > most ? ranks : most;
+    }
+    if (!needed) return 0;
+    threads = threads_for(needed * job->inputs, threads);
+    FOR_RUNS(run) pieces += (run->count + piece_of(run, threads) - 1) / piece_of(run, threads);
+    const int together = pieces < threads;
+    float *const shared = together ? room(needed + threads * TOKENS * job->inputs) : NULL;
+    if (together && !shared) return -1;
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+        float *const own = together ? shared + needed + me * TOKENS * job->inputs : room(TOKENS * (job->inputs + most));
+        if (!own) failed = -1;
+        int64_t work = 0, at = 0;
+        if (own) FOR_RUNS(run) {
+            const int64_t piece = piece_of(run, all);
+            for (int64_t t = 0; t < run->count; t += piece) {
+                const int64_t first = run->first + t, some = at_most(run->count - t, piece);
+                if (together) {
+                    shrink_piece(job, run, first, some, shared + at, own, me, all);
+                    at += some * ranks_of(job, run);
+                } else if (work++ % all == me) {
+                    shrink_piece(job, run, first, some, own + TOKENS * job->inputs, own, 0, 1);
+                    expand_piece(job, run, first, some, own + TOKENS * job->inputs, 0, 1);
+                }
+            }
+        }
+        if (together) {
+#pragma omp barrier
+            at = 0;
+            FOR_RUNS(run) {
+                const int64_t piece = piece_of(run, all);
+                for (int64_t t = 0; t < run->count; t += piece) {
+                    const int64_t some = at_most(run->count - t, piece);
+                    expand_piece(job, run, run->first + t, some, shared + at, me, all);
+                    at += some * ranks_of(job, run);
+                }
+            }
+        }
+    }
+    return failed;
+}
+
 /* y_m[t] += sum_k g_k scaling_k B_k A_k x[t], for each of a token's adapters k and each Linear m that reads x.
 
    x: (tokens, inputs), rows `x_row` apart. y[m]: rows y_row[m] apart. All of `type`, FP32 or BF16. held[column]: the
@@ -297,58 +358,8 @@ int mg_lowrank(const void *x, int64_t x_row, int64_t tokens, int64_t inputs, int
                const int64_t *y_row, int64_t members, const run_t *runs, int64_t run_count, const pair_t *pairs,
                const terms_t *held, int threads) {
     const lowrank_t job = {loops(), x, x_row, inputs, type, y, y_row, members, pairs, held};
-    int64_t most = 0, needed = 0, pieces = 0;
-    for (const run_t *run = runs; run < runs + run_count; run++) {
-        const int64_t ranks = ranks_of(&job, run);
-        needed += run->count * ranks;
-        most = ranks > most ? ranks : most;
-    }
-    if (!needed) return 0;
-    threads = threads_for(needed * inputs, threads);
-    for (const run_t *run = runs; run < runs + run_count; run++)
-        pieces += (run->count + piece_of(run, threads) - 1) / piece_of(run, threads);
-    const int together = pieces < threads;
-    float *const shared = together ? room(needed + threads * TOKENS * inputs) : NULL;
-    if (together && !shared) return -1;
-    int failed = 0;
-#pragma omp parallel num_threads(threads)
-    {
-        const int me = omp_get_thread_num(), all = omp_get_num_threads();
-        float *const own = together ? shared + needed + me * TOKENS * inputs : room(TOKENS * (inputs + most));
-        if (!own) failed = -1;
-        int64_t work = 0, at = 0;
-        for (const run_t *run = runs; own && run < runs + run_count; run++) {
-            const int64_t piece = piece_of(run, all);
-            for (int64_t t = 0; t < run->count; t += piece) {
-                const int64_t first = run->first + t, some = at_most(run->count - t, piece);
-                if (together) {
-                    shrink_piece(&job, run, first, some, shared + at, own, me, all);
-                    at += some * ranks_of(&job, run);
-                } else if (work++ % all == me) {
-                    shrink_piece(&job, run, first, some, own + TOKENS * inputs, own, 0, 1);
-                    expand_piece(&job, run, first, some, own + TOKENS * inputs, 0, 1);
-                }
-            }
-        }
-        if (together) {
-#pragma omp barrier
-            at = 0;
-            for (const run_t *run = runs; run < runs + run_count; run++) {
-                const int64_t piece = piece_of(run, all);
-                for (int64_t t = 0; t < run->count; t += piece) {
-                    const int64_t some = at_most(run->count - t, piece);
-                    expand_piece(&job, run, run->first + t, some, shared + at, me, all);
-                    at += some * ranks_of(&job, run);
-                }
-            }
-        }
-    }
-    return failed;
+    return add_terms(&job, runs, run_count, NULL, threads);
 }
-
-static int64_t bytes(int64_t numbers, int type) { return numbers * (type == FP32 ? 4 : 2); }
-
-static void *moved(const void *p, int64_t numbers, int type) { return (char *)p + bytes(numbers, type); }
 
 /* The newest tokens of some sequences over their cached positions: what all of them share. */
 typedef struct {
@@ -648,178 +659,5 @@ int mg_few_bits(const void *x, int64_t x_row, int64_t tokens, void *y, int type,
 }
 
 #include "native_tiles.h"
+#include "native_adapted.h"
 
-/* A product in tiles, of one or more Linears that read the same input. */
-typedef struct {
-    const void *weight;
-    const float *scales; /* NULL: in bf16 */
-    const int32_t *sums;
-    int64_t group; /* among those of the low-rank terms */
-    int64_t first; /* number of its first Linear, see where_t; the others follow it */
-} weight_t;
-
-/* One layer of a decoder: norms, products, and its part of the KV cache. See server/model/decode.py. */
-typedef struct {
-    weight_t qkv, o, gate_up, down;
-    const void *before, *behind; /* weights of its norms */
-    const void *bias;            /* of qkv, or NULL */
-    void *keys, *values;
-    int64_t window; /* 0 for none */
-    int64_t before_number, behind_number;
-    float before_eps, behind_eps, before_offset, behind_offset;
-} layer_t;
-
-/* What all layers of a step share: T tokens, each with the positions that it sees, its own the last of them. */
-typedef struct {
-    int64_t tokens, features, heads, kv_heads, dim, inner; /* features of the stream; inner ones of an MLP */
-    const void *cos, *sin;
-    int64_t rotated;
-    const int64_t *places, *blocks, *lengths; /* of the tokens */
-    int64_t rows, width, block_size; /* rows: of the cache */
-    const run_t *runs;               /* no runs: no adapters */
-    int64_t run_count;
-    const pair_t *pairs;
-    const terms_t *held; /* (groups, columns) */
-    int64_t groups, columns;
-    const site_t *const *sites; /* (columns), see where_t; NULL: no adapter has any */
-    float scale, least;         /* of the attention's scores; of the scale of a token in bytes */
-} decode_t;
-
-/* Linears that read the same input, one product. Their outputs are its columns from firsts[m] on. */
-typedef struct {
-    int64_t members, inputs;
-    const int64_t *firsts; /* and behind them the number of all outputs */
-} shape_t;
-
-/* y = W x. spare: room for a float and `inputs` bytes for each token. */
-static void multiply_tokens(const decode_t *step, const uint16_t *x, int64_t tokens, const shape_t *shape,
-                            const weight_t *weight, uint16_t *y, void *spare, int threads) {
-    const int64_t inputs = shape->inputs, outputs = shape->firsts[shape->members];
-    if (!weight->scales) {
-        mg_multiply(x, inputs, tokens, weight->weight, inputs, outputs, y, threads);
-        return;
-    }
-    float *const x_scales = spare;
-    uint8_t *const codes = (uint8_t *)(x_scales + tokens);
-    mg_round(x, inputs, tokens, inputs, codes, x_scales, step->least, BF16, threads);
-    mg_multiply_bytes(codes, x_scales, tokens, weight->weight, weight->scales, weight->sums, inputs, outputs, y, BF16, threads);
-}
-
-/* Each token t of a member m whose input adapters change, the n-th of all. */
-#define FOR_CHANGED(m, run, t, n)                                                                                   \
-    int64_t n = 0;                                                                                                  \
-    for (int64_t m = 0; m < shape->members; m++)                                                                    \
-        for (const run_t *run = step->runs; run < step->runs + step->run_count; run++)                              \
-            for (int64_t t = run->first, carries = changes(&inputs_of[m], step->pairs, run);                        \
-                 carries && t < run->first + run->count; t++, n++)
-
-/* y = W x' of Linears that read the same input. The tokens whose input some adapter changes, for one of them, ride behind the
-   step's, in x and in y, which have room for that. Returns 0, or -1 when there is no memory. */
-static int multiply_beside(const decode_t *step, uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
-                           void *spare, int threads) {
-    const loops_t *const fast = loops();
-    const int64_t T = step->tokens, inputs = shape->inputs, outputs = shape->firsts[shape->members];
-    where_t inputs_of[MEMBERS];
-    int64_t all = 0;
-    int failed = 0;
-    for (int64_t m = 0; m < shape->members; m++) inputs_of[m] = (where_t){step->sites, weight->first + m, 0};
-    {
-        FOR_CHANGED(m, run, t, n) all++;
-    }
-#pragma omp parallel num_threads(threads_for(all * inputs, threads))
-    {
-        float *const wide = room(2 * inputs);
-        if (!wide) failed = -1;
-        FOR_CHANGED(m, run, t, n)
-            if (wide && n % omp_get_num_threads() == omp_get_thread_num()) {
-                uint16_t *const row = x + (T + n) * inputs;
-                memcpy(row, x + t * inputs, inputs * sizeof *x);
-                fast->change[BF16](row, step->pairs + run->first_pair, run->pairs, &inputs_of[m], inputs, wide);
-            }
-    }
-    multiply_tokens(step, x, T + all, shape, weight, y, spare, threads);
-    FOR_CHANGED(m, run, t, n)
-        memcpy(y + t * outputs + shape->firsts[m], y + (T + n) * outputs + shape->firsts[m],
-               (shape->firsts[m + 1] - shape->firsts[m]) * sizeof *y);
-    return failed;
-}
-
-/* y = W x' of a Linear alone. changed: room for x. */
-static int multiply_alone(const decode_t *step, const uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
-                          uint16_t *changed, void *spare, int threads) {
-    const where_t where = {step->sites, weight->first, 0};
-    int any = 0, failed = 0;
-    for (const run_t *run = step->runs; run < step->runs + step->run_count; run++) any |= changes(&where, step->pairs, run);
-    if (any) {
-        memcpy(changed, x, step->tokens * shape->inputs * sizeof *x);
-        failed = mg_change(changed, shape->inputs, shape->inputs, BF16, step->runs, step->run_count, step->pairs, step->sites,
-                           weight->first, 0, threads);
-        x = changed;
-    }
-    multiply_tokens(step, x, step->tokens, shape, weight, y, spare, threads);
-    return failed;
-}
-
-/* A product, and all that adapters do at its members. */
-static int multiply_with_adapters(const decode_t *step, uint16_t *x, const shape_t *shape, const weight_t *weight, uint16_t *y,
-                                  uint16_t *changed, void *spare, int threads) {
-    void *places[MEMBERS];
-    int64_t rows[MEMBERS];
-    const int64_t outputs = shape->firsts[shape->members];
-    int failed = 0;
-    if (!step->sites) multiply_tokens(step, x, step->tokens, shape, weight, y, spare, threads);
-    else if (shape->members > 1) failed = multiply_beside(step, x, shape, weight, y, spare, threads);
-    else failed = multiply_alone(step, x, shape, weight, y, changed, spare, threads);
-    for (int64_t m = 0; m < shape->members; m++) {
-        places[m] = y + shape->firsts[m], rows[m] = outputs;
-        if (step->sites)
-            failed |= mg_change(places[m], outputs, shape->firsts[m + 1] - shape->firsts[m], BF16, step->runs, step->run_count,
-                                step->pairs, step->sites, weight->first + m, 1, threads);
-    }
-    if (!step->run_count || weight->group >= step->groups) return failed;
-    return failed | mg_lowrank(x, shape->inputs, step->tokens, shape->inputs, BF16, places, rows, shape->members, step->runs,
-                               step->run_count, step->pairs, step->held + weight->group * step->columns, threads);
-}
-
-/* What adapters do to a norm of the stream. */
-static int add_gains(const decode_t *step, int64_t number, const uint16_t *stream, const void *weight, float offset, float eps,
-                     uint16_t *out, int threads) {
-    if (!step->sites) return 0;
-    return mg_gain(stream, step->features, weight, offset, eps, out, BF16, step->runs, step->run_count, step->pairs,
-                   step->sites, number, threads);
-}
-
-/* Layers one after the other, in bf16, as server/model/fused.py has them: an attention of a norm, then an MLP of a norm are
-   added to the stream (tokens, features). What the last MLP makes is left in `pending` (tokens, features), not yet added.
-   work: bf16 numbers, room of which server/model/decode.py speaks. T' are the tokens and those whose inputs some adapter
-   changes: `most` at most. Returns 0, or -1 when there is no memory. */
-int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, uint16_t *stream, uint16_t *pending, uint16_t *work,
-              int64_t most, int threads) {
-    const int64_t T = step->tokens, E = step->features, F = step->inner, Q = step->heads * step->dim;
-    const int64_t K = step->kv_heads * step->dim, widest = Q > F ? Q : F;
-    const shape_t qkv = {3, E, (int64_t[]){0, Q, Q + K, Q + 2 * K}}, o = {1, Q, (int64_t[]){0, E}};
-    const shape_t gate_up = {2, E, (int64_t[]){0, F, 2 * F}}, down = {1, F, (int64_t[]){0, E}};
-    uint16_t *const x = work, *const made = x + most * E, *const seen = made + most * (Q + 2 * K), *const both = seen + T * Q;
-    uint16_t *const inner = both + most * 2 * F, *const changed = inner + T * F, *const spare = changed + T * widest;
-    int failed = 0;
-    for (int64_t n = 0; n < count; n++) {
-        const layer_t *const layer = layers + n;
-        if (!n) mg_norm(stream, E, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
-        else mg_add_and_norm(pending, stream, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
-        failed |= add_gains(step, layer->before_number, stream, layer->before, layer->before_offset, layer->before_eps, x,
-                            threads);
-        failed |= multiply_with_adapters(step, x, &qkv, &layer->qkv, made, changed, spare, threads);
-        failed |= mg_begin_attention(made, layer->bias, T, step->heads, step->kv_heads, step->dim, step->cos, step->sin,
-                                     step->rotated, step->places, layer->keys, layer->values, step->rows, BF16, T,
-                                     step->blocks, step->width, step->lengths, step->block_size, layer->window, step->scale,
-                                     seen, threads);
-        failed |= multiply_with_adapters(step, seen, &o, &layer->o, pending, changed, spare, threads);
-        mg_add_and_norm(pending, stream, T, E, layer->behind, layer->behind_offset, layer->behind_eps, x, BF16, threads);
-        failed |= add_gains(step, layer->behind_number, stream, layer->behind, layer->behind_offset, layer->behind_eps, x,
-                            threads);
-        failed |= multiply_with_adapters(step, x, &gate_up, &layer->gate_up, both, changed, spare, threads);
-        mg_swiglu(both, 2 * F, both + F, 2 * F, T, F, inner, BF16, threads);
-        failed |= multiply_with_adapters(step, inner, &down, &layer->down, pending, changed, spare, threads);
-    }
-    return failed;
-}

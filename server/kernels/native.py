@@ -89,6 +89,11 @@ _SIGNATURES = {
         *(_POINTER, _INTEGER, _INTEGER),  # x
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # weight, inputs, outputs, y
     ),
+    "mg_multiply_with_adapters": (
+        *(_POINTER, _POINTER, _INTEGER),  # adapters, x, inputs
+        *(_POINTER, _INTEGER, _POINTER, _FLOAT),  # firsts, members, weight, least
+        *(_POINTER, _POINTER, _POINTER, _TYPE),  # y, changed, spare
+    ),
     "mg_decode": (_POINTER, _POINTER, _INTEGER, _POINTER, _POINTER, _POINTER, _INTEGER, _TYPE),
     "mg_few_bits": (
         *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # x, y
@@ -99,7 +104,7 @@ _SIGNATURES = {
 
 _RESULTS = {
     **dict.fromkeys(("mg_lowrank", "mg_change", "mg_gain", "mg_attend", "mg_begin_attention"), _TYPE),
-    **dict.fromkeys(("mg_decode", "mg_few_bits", "mg_has_tiles"), _TYPE),
+    **dict.fromkeys(("mg_multiply_with_adapters", "mg_decode", "mg_few_bits", "mg_has_tiles"), _TYPE),
     "mg_tiled_size": _INTEGER,
 }
 

@@ -57,7 +57,14 @@ typedef struct {
     int type;
     const float *x_scales, *scales;
     const int32_t *sums;
+    const struct added *added; /* terms that are added before y is rounded; NULL: none */
 } product_t;
+
+/* The runs of many tokens whose terms the matrix unit adds: see native_terms.h. */
+typedef struct added {
+    struct many *runs;
+    int64_t count, chunk_count;
+} added_t;
 
 #if defined(X86) && defined(__linux__) && defined(__has_include) && __has_include(<amxbf16intrin.h>)
 #include <sys/syscall.h>
@@ -89,6 +96,8 @@ ON_TILES static void set_tiles(int64_t rows) {
     _tile_loadconfig(&config);
 }
 
+ON_TILES static void release_tiles(void) { _tile_release(); }
+
 ON_TILES static void clear_sums(void) {
     _tile_zero(0);
     _tile_zero(1);
@@ -109,8 +118,10 @@ ON_TILES static void store_sums(void *sums) {
         else _tile_dpbf16ps(sums, x, w);               \
     } while (0)
 
+#include "native_terms.h"
+
 /* At most TILE tokens with a block of outputs: the weight comes from memory and is asked for ahead. */
-ON_TILES_INLINE void multiply_few(const char *x, int64_t x_row, const char *w, int64_t steps, void *sums, const int in_bytes) {
+ON_TILES_INLINE void multiply_few(const char *x, int64_t x_row, const char *w, int64_t steps, const int in_bytes) {
     clear_sums();
     for (int64_t i = 0; i < steps; i++, x += DEEP, w += SIDE_BY_SIDE * TILE_BYTES) {
         for (int n = 0; n < SIDE_BY_SIDE * TILE_BYTES; n += LINE)
@@ -125,12 +136,11 @@ ON_TILES_INLINE void multiply_few(const char *x, int64_t x_row, const char *w, i
         _tile_loadd(5, w + 3 * TILE_BYTES, 64);
         DOT(3, 4, 5);
     }
-    store_sums(sums);
 }
 
 /* 2 * TILE tokens with two tiles of outputs: sums[2 * x + w]. Meanwhile so many lines a step are asked for from `next` on. */
-ON_TILES_INLINE void multiply_many(const char *x, int64_t x_row, const char *w, int64_t steps, void *sums, const char *next,
-                                   int64_t lines, const int in_bytes) {
+ON_TILES_INLINE void multiply_many(const char *x, int64_t x_row, const char *w, int64_t steps, const char *next, int64_t lines,
+                                   const int in_bytes) {
     clear_sums();
     for (int64_t i = 0; i < steps; i++, x += DEEP, w += SIDE_BY_SIDE * TILE_BYTES) {
         for (int64_t n = 0; n < lines; n++, next += LINE) _mm_prefetch(next, _MM_HINT_T1);
@@ -143,11 +153,11 @@ ON_TILES_INLINE void multiply_many(const char *x, int64_t x_row, const char *w, 
         DOT(2, 5, 6);
         DOT(3, 5, 7);
     }
-    store_sums(sums);
 }
 
-/* A tile of sums, of tokens from t and outputs from o on, to its place in y. */
-ON_TILES_INLINE void round_tile(const product_t *job, const void *sums, int64_t t, int64_t rows, int64_t o, const int in_bytes) {
+/* A tile of sums, of tokens from t and outputs from o on, to its place in y. What terms add to sums of bytes stands apart. */
+ON_TILES_INLINE void round_tile(const product_t *job, const float *sums, const float *terms, int64_t t, int64_t rows, int64_t o,
+                                const int in_bytes) {
     const int64_t count = at_most(TILE, job->outputs - o);
     __m512 scales = _mm512_setzero_ps();
     __m512i zeros = _mm512_setzero_si512();
@@ -157,10 +167,11 @@ ON_TILES_INLINE void round_tile(const product_t *job, const void *sums, int64_t 
         zeros = _mm512_maskz_loadu_epi32(some, job->sums + o);
     }
     for (int64_t n = 0; n < rows; n++) {
-        __m512 value = _mm512_loadu_ps((const float *)sums + n * TILE);
+        __m512 value = _mm512_loadu_ps(sums + n * TILE);
         if (in_bytes) {
             value = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_castps_si512(value), zeros));
             value = _mm512_mul_ps(_mm512_mul_ps(value, scales), _mm512_set1_ps(job->x_scales[t + n]));
+            if (job->added) value = _mm512_add_ps(value, _mm512_loadu_ps(terms + n * TILE));
         }
         void *const to = moved(job->y, (t + n) * job->outputs + o, job->type);
         if (count < TILE) {
@@ -173,12 +184,26 @@ ON_TILES_INLINE void round_tile(const product_t *job, const void *sums, int64_t 
     }
 }
 
-ON_TILES_INLINE void multiply_block(const product_t *job, int64_t block, const int in_bytes) {
+/* What stands in the tiles of sums, and what terms add to it. `add` adds that to tiles. */
+#define STORE_SUMS(add)                 \
+    do {                                \
+        if (job->added && !in_bytes) add; \
+        store_sums(sums);               \
+        if (job->added && in_bytes) {   \
+            clear_sums();               \
+            add;                        \
+            store_sums(terms);          \
+        }                               \
+    } while (0)
+
+/* B: room for the terms' tiles. */
+ON_TILES_INLINE void multiply_block(const product_t *job, int64_t block, char *B, const int in_bytes) {
     const int64_t steps = job->inputs * (in_bytes ? 1 : 2) / DEEP, size = steps * SIDE_BY_SIDE * TILE_BYTES;
     const int64_t first = block * BLOCK, outputs = at_most(BLOCK, job->outputs - first);
     const char *const w = job->weight + block * size;
-    float sums[4 * TILE * TILE] __attribute__((aligned(64)));
+    float sums[4 * TILE * TILE] __attribute__((aligned(64))), terms[4 * TILE * TILE] __attribute__((aligned(64)));
     int64_t t = 0;
+    if (job->added) pack_block(job->added, first, B);
     if (job->tokens >= 2 * TILE) {
         const int64_t calls = job->tokens / (2 * TILE) * ((outputs + 2 * TILE - 1) / (2 * TILE));
         const int64_t lines = (size / LINE + calls * steps - 1) / (calls * steps);
@@ -186,39 +211,48 @@ ON_TILES_INLINE void multiply_block(const product_t *job, int64_t block, const i
         set_tiles(TILE);
         for (; t + 2 * TILE <= job->tokens; t += 2 * TILE)
             for (int64_t o = 0; o < outputs; o += 2 * TILE) {
-                multiply_many(job->x + t * job->x_row, job->x_row, w + o / TILE * TILE_BYTES, steps, sums, next, lines, in_bytes);
+                multiply_many(job->x + t * job->x_row, job->x_row, w + o / TILE * TILE_BYTES, steps, next, lines, in_bytes);
+                STORE_SUMS(add_many(job->added, t / TILE, first, o / TILE, B));
                 next += lines * steps * LINE;
                 for (int n = 0; n < 4; n++)
                     if (o + n % 2 * TILE < outputs)
-                        round_tile(job, sums + n * TILE * TILE, t + n / 2 * TILE, TILE, first + o + n % 2 * TILE, in_bytes);
+                        round_tile(job, sums + n * TILE * TILE, terms + n * TILE * TILE, t + n / 2 * TILE, TILE,
+                                   first + o + n % 2 * TILE, in_bytes);
             }
     }
     for (; t < job->tokens; t += TILE) {
         const int64_t rows = at_most(TILE, job->tokens - t);
         set_tiles(rows);
-        multiply_few(job->x + t * job->x_row, job->x_row, w, steps, sums, in_bytes);
-        for (int64_t o = 0; o < outputs; o += TILE) round_tile(job, sums + o * TILE, t, rows, first + o, in_bytes);
+        multiply_few(job->x + t * job->x_row, job->x_row, w, steps, in_bytes);
+        STORE_SUMS(add_few(job->added, t / TILE, first, B));
+        for (int64_t o = 0; o < outputs; o += TILE) round_tile(job, sums + o * TILE, terms + o * TILE, t, rows, first + o, in_bytes);
     }
 }
 
-ON_TILES static void multiply_tiles(const product_t *job, int threads) {
+/* Returns 0, or -1 when there is no memory. */
+ON_TILES static int multiply_tiles(const product_t *job, int threads) {
+    int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
+        char *const B = job->added ? room_for(IN_PRODUCT, job->added->chunk_count * SIDE_BY_SIDE * TILE_BYTES) : NULL;
+        if (job->added && !B) failed = -1;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < blocks_of(job->outputs); n++) {
-            if (job->scales) multiply_block(job, n, 1);
-            else multiply_block(job, n, 0);
+            if (job->added && !B) continue;
+            if (job->scales) multiply_block(job, n, B, 1);
+            else multiply_block(job, n, B, 0);
         }
-        _tile_release();
+        release_tiles();
     }
+    return failed;
 }
 #else
 int mg_has_tiles(void) { return 0; }
 
-static void multiply_tiles(const product_t *job, int threads) {}
+static int multiply_tiles(const product_t *job, int threads) { return -1; }
 #endif
 
-/* The plain loop. */
+/* The plain loop. Nothing is added there. */
 static void multiply_plainly(const product_t *job, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < job->outputs; o++)
@@ -237,23 +271,28 @@ static void multiply_plainly(const product_t *job, int threads) {
         }
 }
 
-static void multiply(const product_t *job, int threads) {
-    static int has_tiles = -1;
-    if (has_tiles < 0) has_tiles = mg_has_tiles();
-    if (has_tiles) multiply_tiles(job, threads);
-    else multiply_plainly(job, threads);
+static int has_tiles(void) {
+    static int known = -1;
+    if (known < 0) known = mg_has_tiles();
+    return known;
+}
+
+static int multiply(const product_t *job, int threads) {
+    if (has_tiles()) return multiply_tiles(job, threads);
+    multiply_plainly(job, threads);
+    return 0;
 }
 
 /* In bf16, and so is y. x: (tokens, inputs), rows x_row apart; y: (tokens, outputs), side by side. */
 void mg_multiply(const uint16_t *x, int64_t x_row, int64_t tokens, const void *weight, int64_t inputs, int64_t outputs,
                  uint16_t *y, int threads) {
-    const product_t job = {(const char *)x, x_row * 2, tokens, weight, inputs, outputs, y, BF16, NULL, NULL, NULL};
+    const product_t job = {(const char *)x, x_row * 2, tokens, weight, inputs, outputs, y, BF16, NULL, NULL, NULL, NULL};
     multiply(&job, threads);
 }
 
 /* In bytes, and y in `type`: see product_t. codes: (tokens, inputs), side by side. */
 void mg_multiply_bytes(const uint8_t *codes, const float *x_scales, int64_t tokens, const void *weight, const float *scales,
                        const int32_t *sums, int64_t inputs, int64_t outputs, void *y, int type, int threads) {
-    const product_t job = {(const char *)codes, inputs, tokens, weight, inputs, outputs, y, type, x_scales, scales, sums};
+    const product_t job = {(const char *)codes, inputs, tokens, weight, inputs, outputs, y, type, x_scales, scales, sums, NULL};
     multiply(&job, threads);
 }

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from server.kernels import native
+from server.kernels.adapted import ADAPTERS, WEIGHT, adapters_entry, weight_entry
 from server.kernels.products import Tiled
 from server.kernels.quantized import SMALLEST, Int8Tiled
 from server.model.attention import AttentionPlan
@@ -27,9 +28,8 @@ from server.model.kv import KvCache
 from server.model.norms import NativeNorm
 from server.primitives.site import Active
 
-# As weight_t, layer_t and decode_t in native.c.
+# As layer_t and decode_t in native_adapted.h.
 PRODUCTS = ("qkv", "o", "gate_up", "down")
-WEIGHT = np.dtype([*((name, "u8") for name in ("weight", "scales", "sums")), ("group", "i8"), ("first", "i8")])
 LAYER = np.dtype(
     [
         *((name, WEIGHT) for name in PRODUCTS),
@@ -40,16 +40,12 @@ LAYER = np.dtype(
 )
 STEP = np.dtype(
     [
-        *((name, "i8") for name in ("tokens", "features", "heads", "kv_heads", "dim", "inner")),
+        ("adapters", ADAPTERS),
+        *((name, "i8") for name in ("features", "heads", "kv_heads", "dim", "inner")),
         *((name, "u8") for name in ("cos", "sin")),
         ("rotated", "i8"),
         *((name, "u8") for name in ("places", "blocks", "lengths")),
         *((name, "i8") for name in ("rows", "width", "block_size")),
-        ("runs", "u8"),
-        ("run_count", "i8"),
-        *((name, "u8") for name in ("pairs", "held")),
-        *((name, "i8") for name in ("groups", "columns")),
-        ("sites", "u8"),
         *((name, "f4") for name in ("scale", "least")),
     ]
 )
@@ -85,10 +81,7 @@ class Decode:
             for name, joint in zip(PRODUCTS, _joints(layer), strict=True):
                 product = joint.product
                 assert isinstance(product, Tiled | Int8Tiled)
-                scales, sums = 0, 0
-                if isinstance(product, Int8Tiled):
-                    scales, sums = product.scales_O.data_ptr(), product.sums_O.data_ptr()
-                row[name] = product.packed.data_ptr(), scales, sums, joint.group, joint.members[0].number
+                row[name] = weight_entry(product, joint.group, joint.members[0].number)
             for name, norm in (("before", layer.before), ("behind", layer.behind)):
                 assert norm.fast is not None and norm.number is not None
                 row[name], row[f"{name}_number"] = norm.fast.weight_F.data_ptr(), norm.number
@@ -117,18 +110,16 @@ class Decode:
         lengths_T, blocks_TN = _as_decodes(plan)
         self._note_cache(plan.cache)
         kv_heads, rows, dim = plan.cache.keys[self._layers[0].number].shape
-        held, runs, sites, most = (0, 0, 0), (0, 0, 0), 0, tokens
-        if self._active.gathered is not None and self._active.gates is not None:
-            check_count(self._layers[0].qkv.members[0].name, tokens, self._active.gates)
-            held, runs = self._active.gathered.places, self._active.gates.runs.places
-            if self._active.gathered.changes is not None:
-                sites, most = self._active.gathered.changes.address, tokens * (1 + TOGETHER)
+        gathered, gates, most = self._active.gathered, self._active.gates, tokens
+        if gathered is not None and gates is not None:
+            check_count(self._layers[0].qkv.members[0].name, tokens, gates)
+            most = tokens if gathered.changes is None else tokens * (1 + TOGETHER)
         self._step[0] = (
-            *(tokens, features, self._heads, kv_heads, dim, self._inner),
+            adapters_entry(tokens, gathered, None if gates is None else gates.runs),
+            *(features, self._heads, kv_heads, dim, self._inner),
             *(cos_TR.data_ptr(), sin_TR.data_ptr(), cos_TR.shape[1]),
             *(plan.rows_T.data_ptr(), blocks_TN.data_ptr(), lengths_T.data_ptr()),
-            *(rows, blocks_TN.shape[1], plan.cache.block_size),
-            *(*runs, *held, sites, self._layers[0].scale, SMALLEST),
+            *(rows, blocks_TN.shape[1], plan.cache.block_size, self._layers[0].scale, SMALLEST),
         )
         query = self._heads * dim
         by_row = features + query + 2 * kv_heads * dim + 2 * self._inner + max(features, query, self._inner) // 2 + 3

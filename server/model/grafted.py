@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from server.kernels.adapted import Adapted
+from server.kernels.gathered import Gathered
 from server.kernels.native import MEMBERS
 from server.kernels.products import Plain, Product, Tiled, fastest
 from server.kernels.quantized import Held, Int8Tiled
@@ -93,6 +95,9 @@ class Joint:
         self.bias = _one_bias(members)  # of all members side by side, None where none has any
         self._widths = [member.end - member.first for member in members]
         self._firsts = [member.first for member in members]
+        self._adapted = None
+        if isinstance(product, Tiled | Int8Tiled):
+            self._adapted = Adapted(product, group, members[0].number, [*self._firsts, members[-1].end])
         self._x: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
 
@@ -144,10 +149,16 @@ class Joint:
         gates, gathered = self._gates_of(self._active), self._active.gathered
         if gates is None:
             return self.product(x_TI)
-        y_TO = self._multiply(x_TI, gates)
         if gathered is None:
-            return y_TO
+            return self._multiply(x_TI, gates)
         check_count(self.members[0].name, x_TI.shape[0], gates)
+        if self._adapted is not None and x_TI.dtype == torch.bfloat16:
+            return self._adapted(x_TI, gathered, gates.runs)
+        return self._in_passes(x_TI, gates, gathered)
+
+    def _in_passes(self, x_TI: Tensor, gates: Gates, gathered: Gathered) -> Tensor:
+        """The same one after the other: what tests compare the native call with."""
+        y_TO = self._multiply(x_TI, gates)
         if gathered.changes is not None:
             for member, own_TO in zip(self.members, self._columns(y_TO), strict=True):
                 gathered.changes.change_output(member.number, own_TO, gates.runs.places)
