@@ -139,9 +139,9 @@ def test_middles_of_a_run_of_many_keep_their_24_bits(bits: int) -> None:
     """Two middles of so many bits, of which one is larger by one: their difference."""
     tokens, inputs = 20, 32
     x_TI = torch.zeros(tokens, inputs).bfloat16()
-    x_TI[:, :2] = 1
+    x_TI[:, :3] = 1
     A_RI = torch.zeros(2, inputs).bfloat16()
-    A_RI[:, 0], A_RI[0, 1] = 2.0**bits, 1
+    A_RI[:, 0], A_RI[:, 1], A_RI[0, 2] = 2.0**bits, 2.0 ** (bits // 2), 1
     B_RO = torch.tensor([1.0, -1.0]).bfloat16()[:, None].expand(2, 24).contiguous()
     gathered = Gathered([tabulate([[Term(A_RI, B_RO, 1.0, 0)]])])
     made = Adapted(Tiled(torch.zeros(24, inputs).bfloat16()), 0, 0, [0, 24])(
