@@ -57,6 +57,9 @@ class ChangeTable:
 
     sites: npt.NDArray[np.void]
     held: tuple[SiteChange, ...]
+    before_J: npt.NDArray[np.bool_]  # whether it changes there what the Linear is given
+    behind_J: npt.NDArray[np.bool_]
+    gain_J: npt.NDArray[np.bool_]
 
 
 def tabulate_changes(changes: Mapping[int, SiteChange], count: int) -> ChangeTable:
@@ -64,7 +67,9 @@ def tabulate_changes(changes: Mapping[int, SiteChange], count: int) -> ChangeTab
     sites = np.zeros(count, SITE)
     for number, change in changes.items():
         sites[number] = _places(change.before), _places(change.behind), _place(change.gain_F)
-    return ChangeTable(sites, tuple(changes.values()))
+    return ChangeTable(
+        sites, tuple(changes.values()), _acts(sites["before"]), _acts(sites["behind"]), sites["gain"] != 0
+    )
 
 
 class Changes:
@@ -76,11 +81,11 @@ class Changes:
     def __init__(self, tables: Sequence[ChangeTable | None]) -> None:
         self._tables = tables
         self._held = np.array([0 if table is None else table.sites.ctypes.data for table in tables], np.uint64)
-        known = [(column, table.sites) for column, table in enumerate(tables) if table is not None]
+        known = [(column, table) for column, table in enumerate(tables) if table is not None]
         self._columns = np.array([column for column, _ in known])
-        self._before_KJ = np.array([_acts(sites["before"]) for _, sites in known])
-        self._behind_J = np.any([_acts(sites["behind"]) for _, sites in known], axis=0)
-        self._gain_J = np.any([sites["gain"] != 0 for _, sites in known], axis=0)
+        self._before_KJ = np.array([table.before_J for _, table in known])
+        self._behind_J = np.any([table.behind_J for _, table in known], axis=0)
+        self._gain_J = np.any([table.gain_J for _, table in known], axis=0)
 
     @property
     def address(self) -> int:
