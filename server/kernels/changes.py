@@ -50,6 +50,11 @@ class SiteChange:
     behind: Change = NOTHING
     gain_F: Tensor | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        sides = [(one.scale_F, one.bias_F, one.blocks_BSS) for one in (self.before, self.behind)]
+        return [tensor for own in (*sides, (self.gain_F,)) for tensor in own if tensor is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class ChangeTable:
@@ -60,15 +65,17 @@ class ChangeTable:
     before_J: npt.NDArray[np.bool_]  # whether it changes there what the Linear is given
     behind_J: npt.NDArray[np.bool_]
     gain_J: npt.NDArray[np.bool_]
+    dtypes: frozenset[torch.dtype]
 
 
 def tabulate_changes(changes: Mapping[int, SiteChange], count: int) -> ChangeTable:
     """By the number of the Linear or norm, of which there are so many."""
     sites = np.zeros(count, SITE)
+    dtypes = frozenset(tensor.dtype for change in changes.values() for tensor in change.tensors)
     for number, change in changes.items():
         sites[number] = _places(change.before), _places(change.behind), _place(change.gain_F)
     return ChangeTable(
-        sites, tuple(changes.values()), _acts(sites["before"]), _acts(sites["behind"]), sites["gain"] != 0
+        sites, tuple(changes.values()), _acts(sites["before"]), _acts(sites["behind"]), sites["gain"] != 0, dtypes
     )
 
 
@@ -81,6 +88,7 @@ class Changes:
     def __init__(self, tables: Sequence[ChangeTable | None]) -> None:
         self._tables = tables
         self._held = np.array([0 if table is None else table.sites.ctypes.data for table in tables], np.uint64)
+        self._dtypes = {dtype for table in tables if table is not None for dtype in table.dtypes}
         known = [(column, table) for column, table in enumerate(tables) if table is not None]
         self._columns = np.array([column for column, _ in known])
         self._before_KJ = np.array([table.before_J for _, table in known])
@@ -116,7 +124,7 @@ class Changes:
         eps: float,
     ) -> None:
         """y, where it is: what an RMSNorm gives for x, which both lie side by side. Raises: MemoryError."""
-        assert LIBRARY is not None and x_TF.is_contiguous() and y_TF.is_contiguous()
+        assert LIBRARY is not None and x_TF.is_contiguous() and y_TF.is_contiguous() and self._dtypes <= {x_TF.dtype}
         if not self._gain_J[number]:
             return
         failed = LIBRARY.mg_gain(
@@ -136,7 +144,7 @@ class Changes:
             raise MemoryError(f"no memory for a norm of {x_TF.shape[1]} features")
 
     def _change(self, number: int, x_TF: Tensor, runs: tuple[int, int, int], *, behind: bool) -> None:
-        assert LIBRARY is not None and x_TF.stride(1) == 1
+        assert LIBRARY is not None and x_TF.stride(1) == 1 and self._dtypes <= {x_TF.dtype}
         failed = LIBRARY.mg_change(
             x_TF.data_ptr(),
             x_TF.stride(0),
