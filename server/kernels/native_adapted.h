@@ -255,8 +255,9 @@ static int add_gains(const decode_t *step, int64_t number, const uint16_t *strea
 
 /* Layers one after the other, in bf16, as server/model/fused.py has them: an attention of a norm, then an MLP of a norm are
    added to the stream (tokens, features). What the last MLP makes is left in `pending` (tokens, features), not yet added.
-   work: bf16 numbers, room of which server/model/decode.py speaks. T' are the tokens and those whose inputs some adapter
-   changes: `most` at most. Returns 0, or -1 when there is no memory. */
+   most: the tokens, and once more for each Linear whose input adapters may change beside others. work: room for most * (E + Q +
+   2 * K + 2 * F) + tokens * (Q + F + the larger of both) numbers of bf16, and behind them for a float and as many bytes as any of
+   these products has inputs, `most` times. Returns 0, or -1 when there is no memory. */
 int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, uint16_t *stream, uint16_t *pending, uint16_t *work,
               int64_t most, int threads) {
     const int64_t T = step->adapters.tokens, E = step->features, F = step->inner, Q = step->heads * step->dim;
