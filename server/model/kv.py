@@ -7,6 +7,7 @@ split over devices would cut.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -21,9 +22,15 @@ class KvCache:
     ) -> None:
         self.blocks = blocks
         self.block_size = block_size
-        rows = blocks * block_size
-        self.keys = [torch.zeros(s.kv_heads, rows, s.head_dim, dtype=dtype, device=device) for s in layers]
-        self.values = [torch.zeros(s.kv_heads, rows, s.head_dim, dtype=dtype, device=device) for s in layers]
+        shapes = [(layer.kv_heads, blocks * block_size, layer.head_dim) for layer in layers]
+        # Layers of one shape lie in one tensor, so that blocks are blanked in all of them at once.
+        self._stores = {
+            shape: torch.zeros(2 * count, *shape, dtype=dtype, device=device)
+            for shape, count in Counter(shapes).items()
+        }
+        parts = {shape: iter(store.unbind()) for shape, store in self._stores.items()}
+        self.keys = [next(parts[shape]) for shape in shapes]
+        self.values = [next(parts[shape]) for shape in shapes]
 
     def write(self, layer: int, rows_T: Tensor, keys_KTD: Tensor, values_KTD: Tensor) -> None:
         self.keys[layer].index_copy_(1, rows_T, keys_KTD)
@@ -38,8 +45,8 @@ class KvCache:
         if not blocks:
             return
         index = torch.tensor(sorted(set(blocks)), device=self.keys[0].device)
-        for store in (*self.keys, *self.values):
-            store.view(store.shape[0], self.blocks, -1).index_fill_(1, index, 0)
+        for store in self._stores.values():
+            store.view(len(store) * store.shape[1], self.blocks, -1).index_fill_(1, index, 0)
 
     def load(self, prefix: Prefix, positions: tuple[int, int], rows: Sequence[int]) -> None:
         """Copy the virtual positions start..stop-1 of a prefix to the given rows."""
