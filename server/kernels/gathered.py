@@ -138,20 +138,16 @@ class Gathered:
         """Whether any of the adapters has a term in this group."""
         return group < len(self._used) and self._used[group]
 
-    def add(self, group: int, x_TI: Tensor, outputs: Sequence[Tensor], runs: Runs) -> None:
-        """To each member's y (T, O), in place. x and the outputs are of one dtype. Raises: MemoryError."""
-        self._add(group, x_TI, [y.data_ptr() for y in outputs], [y.stride(0) for y in outputs], runs)
+    def add(self, group: int, x_TI: Tensor, y_TO: Tensor, firsts: Sequence[int], runs: Runs) -> None:
+        """In place, to the members' outputs, which are columns of y, each from its first on.
 
-    def add_side_by_side(self, group: int, x_TI: Tensor, y_TO: Tensor, firsts: Sequence[int], runs: Runs) -> None:
-        """The same where the members' outputs are columns of y, each from its first on."""
-        places = [y_TO.data_ptr() + first * y_TO.element_size() for first in firsts]
-        self._add(group, x_TI, places, [y_TO.stride(0)] * len(firsts), runs)
-
-    def _add(self, group: int, x_TI: Tensor, places_: Sequence[int], strides_: Sequence[int], runs: Runs) -> None:
+        x and y are of one dtype. Raises: MemoryError.
+        """
         assert LIBRARY is not None
+        members = len(firsts)
+        places = _POINTERS[members](*(y_TO.data_ptr() + first * y_TO.element_size() for first in firsts))
+        strides = _INTEGERS[members](*[y_TO.stride(0)] * members)
         x_TI = x_TI.contiguous()
-        members = len(places_)
-        places, strides = _POINTERS[members](*places_), _INTEGERS[members](*strides_)
         failed = LIBRARY.mg_lowrank(
             x_TI.data_ptr(),
             x_TI.stride(0),

@@ -163,7 +163,7 @@ class Joint:
             for member, own_TO in zip(self.members, self._columns(y_TO), strict=True):
                 gathered.changes.change_output(member.number, own_TO, gates.runs.places)
         if gathered.acts(self.group):
-            gathered.add_side_by_side(self.group, x_TI, y_TO, self._firsts, gates.runs)
+            gathered.add(self.group, x_TI, y_TO, self._firsts, gates.runs)
         return y_TO
 
     def _columns(self, y_TO: Tensor) -> list[Tensor]:

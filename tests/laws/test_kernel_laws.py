@@ -105,7 +105,7 @@ def test_the_gathered_product_is_the_plain_loop(
     gathered = Gathered(rows)
     assert not gathered.acts(0) and not gathered.acts(2)
     with threads_of(threads):
-        gathered.add(1, x, ys, runs)
+        gathered.add(1, x, wide, [sum(outputs[:place]) for place in range(len(outputs))], runs)
     for y, wanted in zip(ys, expected, strict=True):
         close = CLOSE if activations == torch.float32 else CLOSE_BF16
         torch.testing.assert_close(y.double(), wanted, rtol=close, atol=close * inputs)
@@ -119,8 +119,10 @@ def test_tokens_without_a_gate_and_beside_an_overflow_are_the_same_to_the_bit() 
     gathered = Gathered([tabulate([[_term(bad, 0)]]), tabulate([[_term(good, 0)]])])
     x, y = torch.randn(5, 32, generator=generator), torch.randn(5, 48, generator=generator)
     alone, beside = y.clone(), y.clone()
-    gathered.add(0, x, [alone], Runs([(4, []), (1, [(1, 0.5)])]))
-    gathered.add(0, x, [beside], Runs([(1, []), (1, [(0, 1.0)]), (1, [(0, 0.0)]), (1, []), (1, [(1, 0.5), (0, 0.0)])]))
+    gathered.add(0, x, alone, [0], Runs([(4, []), (1, [(1, 0.5)])]))
+    gathered.add(
+        0, x, beside, [0], Runs([(1, []), (1, [(0, 1.0)]), (1, [(0, 0.0)]), (1, []), (1, [(1, 0.5), (0, 0.0)])])
+    )
     assert not beside[1].isfinite().all()
     for token in (0, 2, 3, 4):
         assert torch.equal(beside[token], alone[token])
