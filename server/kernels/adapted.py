@@ -15,13 +15,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from server.kernels import native
 from server.kernels.gathered import Gathered, Runs
 from server.kernels.native import LIBRARY
 from server.kernels.products import Tiled
 from server.kernels.quantized import SMALLEST, Int8Tiled
 
 # As weight_t and adapters_t in native_adapted.h.
-WEIGHT = np.dtype([*((name, "u8") for name in ("weight", "scales", "sums")), ("group", "i8"), ("first", "i8")])
+WEIGHT = np.dtype(
+    [
+        ("weight", "u8"),
+        ("coded", "i8"),
+        *((name, "u8") for name in ("scales", "sums")),
+        *((name, "i8") for name in ("group", "first")),
+    ]
+)
 ADAPTERS = np.dtype(
     [
         ("tokens", "i8"),
@@ -39,8 +47,8 @@ Entry = tuple[int, ...]
 def weight_entry(product: Tiled | Int8Tiled, group: int, number: int) -> Entry:
     """As WEIGHT. `number` is that of the first Linear."""
     if isinstance(product, Tiled):
-        return product.packed.data_ptr(), 0, 0, group, number
-    return product.packed.data_ptr(), product.scales_O.data_ptr(), product.sums_O.data_ptr(), group, number
+        return product.packed.data_ptr(), native.is_coded(product.packed), 0, 0, group, number
+    return product.packed.data_ptr(), 0, product.scales_O.data_ptr(), product.sums_O.data_ptr(), group, number
 
 
 def adapters_entry(tokens: int, gathered: Gathered | None, runs: Runs | None) -> Entry:

@@ -193,7 +193,7 @@ static const loops_t *loops(void) {
 }
 
 /* Room that the calling thread keeps from call to call, for each purpose its own. */
-enum { IN_LOOPS, IN_PRODUCT, FOR_TERMS_ADDED, PURPOSES };
+enum { IN_LOOPS, IN_PRODUCT, DECODED, FOR_TERMS_ADDED, PURPOSES };
 
 static void *room_for(int purpose, int64_t size) {
     static _Thread_local void *kept[PURPOSES];

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch  # before the library is loaded, which shares its OpenMP threads
 from torch import Tensor
 
+from server.kernels import pages
+
 log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -21,6 +23,8 @@ ACTIVATIONS = frozenset({torch.float32, torch.bfloat16})  # of what goes through
 LANES = 16
 TILE, DEEP = 16, 64  # rows of a matrix unit's tile, and bytes of each
 MEMBERS = 8  # Linears that read the same input, at most
+EXPONENTS = 16  # of a weight in codes
+MOST_ODD = 1 / 64  # of a weight's numbers may have others: each takes eight bytes, and is put in its place one by one
 
 _INTEGER, _POINTER, _FLOAT, _TYPE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
@@ -80,6 +84,10 @@ _SIGNATURES = {
     "mg_tiled_size": (_INTEGER, _INTEGER),
     "mg_tile": (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _TYPE),
     "mg_untile": (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _TYPE),
+    "mg_count_exponents": (_POINTER, _INTEGER, _POINTER, _TYPE),
+    "mg_coded_size": (_INTEGER, _INTEGER, _INTEGER),
+    "mg_code": (_POINTER, _INTEGER, _INTEGER, _POINTER, _POINTER, _TYPE),
+    "mg_uncode": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),
     "mg_multiply_bytes": (
         *(_POINTER, _POINTER, _INTEGER),  # codes, their scales
         *(_POINTER, _POINTER, _POINTER, _INTEGER, _INTEGER),  # weight, scales, sums, inputs, outputs
@@ -87,7 +95,7 @@ _SIGNATURES = {
     ),
     "mg_multiply": (
         *(_POINTER, _INTEGER, _INTEGER),  # x
-        *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # weight, inputs, outputs, y
+        *(_POINTER, _TYPE, _INTEGER, _INTEGER, _POINTER, _TYPE),  # weight, coded, inputs, outputs, y
     ),
     "mg_multiply_with_adapters": (
         *(_POINTER, _POINTER, _INTEGER),  # adapters, x, inputs
@@ -104,8 +112,9 @@ _SIGNATURES = {
 
 _RESULTS = {
     **dict.fromkeys(("mg_lowrank", "mg_change", "mg_gain", "mg_attend", "mg_begin_attention"), _TYPE),
-    **dict.fromkeys(("mg_multiply_with_adapters", "mg_decode", "mg_few_bits", "mg_has_tiles"), _TYPE),
-    "mg_tiled_size": _INTEGER,
+    **dict.fromkeys(("mg_multiply", "mg_multiply_with_adapters", "mg_decode", "mg_few_bits"), _TYPE),
+    **dict.fromkeys(("mg_uncode", "mg_has_tiles"), _TYPE),
+    **dict.fromkeys(("mg_tiled_size", "mg_coded_size"), _INTEGER),
 }
 
 
@@ -406,15 +415,44 @@ def tile(weight_OI: Tensor) -> Tensor:
     """A weight in bf16 or int8 that `fits_tiles`, in the order in which `multiply` or `multiply_bytes` reads it."""
     assert LIBRARY is not None and fits_tiles(weight_OI.shape[1], weight_OI.dtype)
     weight_OI = weight_OI.contiguous()
-    packed = torch.empty(LIBRARY.mg_tiled_size(*weight_OI.shape), dtype=weight_OI.dtype)
+    packed = pages.take(LIBRARY.mg_tiled_size(*weight_OI.shape), weight_OI.dtype)
     size = weight_OI.element_size()
     LIBRARY.mg_tile(weight_OI.data_ptr(), *weight_OI.shape, size, packed.data_ptr(), torch.get_num_threads())
     return packed
 
 
+def code(weight_OI: Tensor) -> Tensor | None:
+    """A weight in bf16 in twelve bits a number, in bytes, of which `untile` gives every bit back; `multiply` reads it.
+
+    None where too many of its numbers have an exponent that is not among the weight's 16 most frequent.
+    """
+    assert LIBRARY is not None and weight_OI.dtype == torch.bfloat16 and fits_tiles(weight_OI.shape[1], torch.bfloat16)
+    weight_OI, threads = weight_OI.contiguous(), torch.get_num_threads()
+    counts_256 = torch.empty(256, dtype=torch.long)
+    LIBRARY.mg_count_exponents(weight_OI.data_ptr(), weight_OI.numel(), counts_256.data_ptr(), threads)
+    frequent = counts_256.topk(EXPONENTS)
+    odd = weight_OI.numel() - int(frequent.values.sum())
+    if odd > MOST_ODD * weight_OI.numel():
+        return None
+    exponents = frequent.indices.to(torch.uint8)
+    coded = pages.take(LIBRARY.mg_coded_size(*weight_OI.shape, odd), torch.uint8)
+    LIBRARY.mg_code(weight_OI.data_ptr(), *weight_OI.shape, exponents.data_ptr(), coded.data_ptr(), threads)
+    return coded
+
+
+def is_coded(packed: Tensor) -> bool:
+    """Whether it is of `code` rather than of `tile`."""
+    return packed.dtype == torch.uint8
+
+
 def untile(packed: Tensor, outputs: int, inputs: int) -> Tensor:
-    """The weight (O, I) again."""
+    """The weight (O, I) of `tile` or `code` again. Raises: MemoryError."""
     assert LIBRARY is not None
+    if is_coded(packed):
+        weight_OI = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+        if LIBRARY.mg_uncode(packed.data_ptr(), outputs, inputs, weight_OI.data_ptr(), torch.get_num_threads()):
+            raise MemoryError("no memory for the tiles of a weight")
+        return weight_OI
     weight_OI = torch.empty(outputs, inputs, dtype=packed.dtype)
     size = packed.element_size()
     LIBRARY.mg_untile(packed.data_ptr(), outputs, inputs, size, weight_OI.data_ptr(), torch.get_num_threads())
@@ -422,22 +460,25 @@ def untile(packed: Tensor, outputs: int, inputs: int) -> Tensor:
 
 
 def multiply(x_TI: Tensor, packed: Tensor, outputs: int) -> Tensor:
-    """(T, O): the product with a weight of `tile`, in bf16, rounded once."""
+    """(T, O): the product with a weight of `tile` or `code`, in bf16, rounded once. Raises: MemoryError."""
     assert LIBRARY is not None and x_TI.dtype == torch.bfloat16
     if x_TI.stride(1) != 1:
         x_TI = x_TI.contiguous()
     tokens, inputs = x_TI.shape
     y_TO = torch.empty(tokens, outputs, dtype=torch.bfloat16)
-    LIBRARY.mg_multiply(
+    failed = LIBRARY.mg_multiply(
         x_TI.data_ptr(),
         x_TI.stride(0),
         tokens,
         packed.data_ptr(),
+        is_coded(packed),
         inputs,
         outputs,
         y_TO.data_ptr(),
         torch.get_num_threads(),
     )
+    if failed:
+        raise MemoryError("no memory for the tiles of a weight")
     return y_TO
 
 

@@ -3,6 +3,7 @@
 /* A product in tiles, of one or more Linears that read the same input. */
 typedef struct {
     const void *weight;
+    int64_t coded;       /* whether it is one of mg_code */
     const float *scales; /* NULL: in bf16 */
     const int32_t *sums;
     int64_t group; /* among those of the low-rank terms */
@@ -124,8 +125,8 @@ static int find_runs(const adapters_t *step, const shape_t *shape, const weight_
 static int multiply_tokens(const uint16_t *x, int64_t tokens, const shape_t *shape, const weight_t *weight, float least,
                            uint16_t *y, const added_t *added, void *spare, int threads) {
     const int64_t inputs = shape->inputs, outputs = shape->firsts[shape->members];
-    product_t job = {(const char *)x, inputs * 2, tokens, weight->weight, inputs, outputs, y, BF16, NULL, weight->scales,
-                     weight->sums, added->count ? added : NULL};
+    product_t job = {(const char *)x, inputs * 2, tokens, weight->weight, weight->coded, inputs, outputs, y, BF16, NULL,
+                     weight->scales, weight->sums, added->count ? added : NULL};
     if (weight->scales) {
         float *const x_scales = spare;
         uint8_t *const codes = (uint8_t *)(x_scales + tokens);

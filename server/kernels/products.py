@@ -90,11 +90,12 @@ class Ordered:
 
 
 class Tiled:
-    """bf16 in the tiles of a matrix unit."""
+    """bf16 in the tiles of a matrix unit, in codes of twelve bits where the weight's exponents allow it."""
 
-    def __init__(self, weight_OI: Tensor) -> None:
+    def __init__(self, weight_OI: Tensor, *, in_codes: bool = True) -> None:
         self._outputs, self._inputs = weight_OI.shape
-        self.packed = native.tile(weight_OI)
+        coded = native.code(weight_OI) if in_codes else None
+        self.packed = native.tile(weight_OI) if coded is None else coded
         self.bytes = self.packed.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,8 +25,11 @@ WIDTHS = (20, 130, 64)
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason="no C compiler was at hand when this was installed")
 
 
-def product_of(weight_OI: Tensor, quantized: bool) -> Tiled | Int8Tiled:
-    return Int8Tiled(round_rows(weight_OI, 127)) if quantized else Tiled(weight_OI)
+HELD: dict[str, Callable[[Tensor], Tiled | Int8Tiled]] = {
+    "whole": lambda weight_OI: Tiled(weight_OI, in_codes=False),
+    "in codes": Tiled,
+    "int8": lambda weight_OI: Int8Tiled(round_rows(weight_OI, 127)),
+}
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,11 @@ def some(rng: torch.Generator, rank: int, inputs: int, widths: Sequence[int], *,
     counts=st.lists(st.sampled_from([1, 1, 1, 5, 16, 17, 40, 70]), min_size=1, max_size=5),
     ranks=st.lists(st.sampled_from([1, 7, 8, 16, 33, 72]), min_size=2, max_size=3),
     members=st.integers(1, 3),
-    quantized=st.booleans(),
+    held=st.sampled_from(sorted(HELD)),
     change=st.booleans(),
 )
 def test_a_product_with_its_adapters_is_the_sum_of_both(
-    seed: int, counts: list[int], ranks: list[int], members: int, quantized: bool, change: bool
+    seed: int, counts: list[int], ranks: list[int], members: int, held: str, change: bool
 ) -> None:
     """Runs of many tokens from any place on, beside single tokens; some tokens carry none, some carry two."""
     rng = torch.Generator().manual_seed(seed)
@@ -87,7 +90,7 @@ def test_a_product_with_its_adapters_is_the_sum_of_both(
     runs = Runs(list(zip(counts, carried, strict=True)))
     gathered = Gathered([one.row for one in adapters])
     x_TI = torch.randn(tokens, inputs, generator=rng).bfloat16()
-    product = product_of(torch.randn(sum(widths), inputs, generator=rng).bfloat16(), quantized)
+    product = HELD[held](torch.randn(sum(widths), inputs, generator=rng).bfloat16())
     firsts = [sum(widths[:m]) for m in range(members + 1)]
     y_TO = Adapted(product, 0, 0, firsts)(x_TI, gathered, runs).double()
     per_token = [own for count, own in zip(counts, carried, strict=True) for _ in range(count)]
@@ -120,10 +123,10 @@ def expected_row(
     return torch.cat(made)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_what_overflows_in_a_run_of_many_stays_with_it(quantized: bool) -> None:
+@pytest.mark.parametrize("held", sorted(HELD))
+def test_what_overflows_in_a_run_of_many_stays_with_it(held: str) -> None:
     rng = torch.Generator().manual_seed(0)
-    product = product_of(torch.randn(64, 64, generator=rng).bfloat16(), quantized)
+    product = HELD[held](torch.randn(64, 64, generator=rng).bfloat16())
     huge, calm = (some(rng, 8, 64, (64,)) for _ in range(2))
     huge.terms[0].A_RI.fill_(3e38)
     x_TI = torch.randn(60, 64, generator=rng).bfloat16()

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.kernels import native
+from server.kernels import native, pages
 from server.kernels.changes import Change, Changes, ChangeTable, SiteChange, tabulate_changes
 from server.kernels.gathered import Gathered, Row, Runs, Term, tabulate
 from server.kernels.products import Half, Ordered, Plain, Tiled, fastest
@@ -490,3 +490,67 @@ def test_a_product_in_tiles_is_the_plain_one_and_every_token_is_for_itself(
     x[0, 0] = float("nan")
     assert torch.equal(tiled(x)[1:], made[1:])
     assert tiled(x)[0].isnan().all()
+
+
+def any_numbers(rng: torch.Generator, *shape: int) -> Tensor:
+    """In bf16, of any bits."""
+    return torch.randint(-(2**15), 2**15, shape, generator=rng).short().view(torch.bfloat16)
+
+
+def odd_weight(rng: torch.Generator, outputs: int, inputs: int, odd: int) -> Tensor:
+    """(O, I) in bf16, normally distributed, but for so many numbers of any bits."""
+    weight_OI = torch.randn(outputs, inputs, generator=rng).bfloat16()
+    places = torch.randperm(weight_OI.numel(), generator=rng)[:odd]
+    weight_OI.view(-1)[places] = any_numbers(rng, len(places))
+    return weight_OI
+
+
+@built
+@given(
+    seed=st.integers(0, 2**16),
+    tokens=st.integers(1, 100),
+    outputs=st.integers(1, 150),
+    deep=st.integers(1, 5),
+    rare=st.floats(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_weight_in_codes_is_the_weight_to_the_bit(
+    seed: int, tokens: int, outputs: int, deep: int, rare: float
+) -> None:
+    """With infinities, numbers that are none, zeros of both signs and the smallest numbers among the odd ones."""
+    rng = torch.Generator().manual_seed(seed)
+    inputs = native.DEEP // 2 * deep
+    weight = odd_weight(rng, outputs, inputs, int(rare * native.MOST_ODD * outputs * inputs / 2))
+    coded = native.code(weight)
+    assert coded is not None
+    assert torch.equal(native.untile(coded, outputs, inputs).view(torch.int16), weight.view(torch.int16))
+    x = torch.randn(tokens, inputs, generator=rng).bfloat16()
+    made = native.multiply(x, coded, outputs)
+    assert torch.equal(made.view(torch.int16), native.multiply(x, native.tile(weight), outputs).view(torch.int16))
+
+
+@built
+def test_codes_are_short_or_there_are_none() -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 512, generator=rng).bfloat16()
+    coded = native.code(weight)
+    assert coded is not None
+    assert coded.nbytes < 0.76 * weight.nbytes
+    wild = any_numbers(rng, *weight.shape)
+    assert native.code(wild) is None
+    tiled = Tiled(wild)
+    assert torch.equal(tiled.weight().isnan(), wild.isnan())
+    assert tiled.bytes == wild.nbytes
+    pruned = weight * (torch.rand(weight.shape, generator=rng) < 0.5)
+    assert native.code(pruned) is not None, "zeros have an exponent like others"
+
+
+def test_what_pages_are_taken_of_is_apart() -> None:
+    taken = [pages.take(numbers, dtype) for numbers, dtype in ((3, torch.int8), (5, torch.bfloat16), (0, torch.int8))]
+    taken += [pages.take(pages.PIECE + 1, torch.uint8), pages.take(7, torch.float32)]
+    for number, one in enumerate(taken):
+        one.fill_(number)
+        assert one.data_ptr() % pages.LINE == 0
+    assert [set(one.tolist()) for one in taken[:3] + taken[4:]] == [{0}, {1}, set(), {4}]
+    assert (taken[3] == 3).all()
+    assert len(taken[3]) == pages.PIECE + 1
