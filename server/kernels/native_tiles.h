@@ -132,10 +132,10 @@ ON_TILES_INLINE void ask_for(const char *from, int64_t count) {
     for (int64_t n = 0; n < count; n += LINE) _mm_prefetch(from + n, _MM_HINT_T1);
 }
 
-/* `count` numbers from `first` on again, as decode_plainly has them. What lies so many bytes ahead is asked for. `odd` is at most the first
-   odd one among them; returns the next behind them. */
-ON_TILES_INLINE const odd_t *decode(const coded_t *from, int64_t first, const int64_t count, const int64_t ahead, const odd_t *odd,
-                                    uint16_t *into) {
+/* `count` numbers from `first` on again, as decode_plainly has them. What lies so many bytes ahead is asked for. `odd` is no
+   odd number behind the first of them; returns the next behind all. */
+ON_TILES_INLINE const odd_t *decode_tiles(const coded_t *from, int64_t first, const int64_t count, const int64_t ahead,
+                                          const odd_t *odd, uint16_t *into) {
     const uint8_t *group = from->groups + coded_bytes(first);
     const __m512i exponents = _mm512_loadu_si512(from->exponents), kept = _mm512_set1_epi16((short)KEPT);
     uint16_t *to = into;
@@ -186,11 +186,12 @@ ON_TILES_INLINE void multiply_few(const char *x, int64_t x_row, const char *w, i
    at a time, two at least. */
 ON_TILES_INLINE void multiply_few_coded(const char *x, int64_t x_row, const coded_t *w, int64_t steps, uint16_t *tiles,
                                         int64_t kept) {
-    const odd_t *odd = decode(w, 0, STEP_NUMBERS, AHEAD_CODED, w->odd, tiles);
+    const odd_t *odd = decode_tiles(w, 0, STEP_NUMBERS, AHEAD_CODED, w->odd, tiles);
     clear_sums();
     for (int64_t i = 0; i < steps; i++, x += DEEP) {
         const int64_t next = i + 1;
-        if (next < steps) odd = decode(w, next * STEP_NUMBERS, STEP_NUMBERS, AHEAD_CODED, odd, tiles + next % kept * STEP_NUMBERS);
+        uint16_t *const into = tiles + next % kept * STEP_NUMBERS;
+        if (next < steps) odd = decode_tiles(w, next * STEP_NUMBERS, STEP_NUMBERS, AHEAD_CODED, odd, into);
         multiply_step(x, x_row, (const char *)(tiles + i % kept * STEP_NUMBERS), 0);
     }
 }
@@ -223,12 +224,12 @@ ON_TILES_INLINE const char *multiply_many(const char *x, int64_t x_row, const ch
 ON_TILES_INLINE void multiply_many_coded(const char *x, int64_t x_row, const coded_t *w, int64_t o, int64_t steps,
                                          uint16_t *tiles) {
     const int64_t first = o * TILE * COLUMNS, count = STEP_NUMBERS / 2;
-    const odd_t *odd = decode(w, first, count, 0, w->odd, tiles + first);
+    const odd_t *odd = decode_tiles(w, first, count, 0, w->odd, tiles + first);
     clear_sums();
     for (int64_t i = 0; i < steps; i++, x += DEEP) {
         const int64_t own = i * STEP_NUMBERS + first, next = own + STEP_NUMBERS;
         if (!o) ask_for((const char *)w->groups + coded_bytes(i * STEP_NUMBERS) + AHEAD_CODED, coded_bytes(STEP_NUMBERS));
-        if (i + 1 < steps) odd = decode(w, next, count, 0, odd, tiles + next);
+        if (i + 1 < steps) odd = decode_tiles(w, next, count, 0, odd, tiles + next);
         multiply_pairs(x, x_row, (const char *)(tiles + own), 0);
     }
 }
