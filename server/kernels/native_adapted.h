@@ -236,7 +236,8 @@ typedef struct {
 
 /* What all layers of a step share: T tokens, each with the positions that it sees, its own the last of them. */
 typedef struct {
-    adapters_t adapters;
+    adapters_t adapters, last; /* last: what those carry that go on behind the last attention */
+    const int64_t *wanted;     /* which these are, in order; NULL: all */
     int64_t features, heads, kv_heads, dim, inner; /* features of the stream; inner ones of an MLP */
     const void *cos, *sin;
     int64_t rotated;
@@ -246,23 +247,30 @@ typedef struct {
 } decode_t;
 
 /* What adapters do to a norm of the stream. */
-static int add_gains(const decode_t *step, int64_t number, const uint16_t *stream, const void *weight, float offset, float eps,
-                     uint16_t *out, int threads) {
-    const adapters_t *const own = &step->adapters;
+static int add_gains(const adapters_t *own, int64_t features, int64_t number, const uint16_t *stream, const void *weight,
+                     float offset, float eps, uint16_t *out, int threads) {
     if (!own->sites) return 0;
-    return mg_gain(stream, step->features, weight, offset, eps, out, BF16, own->runs, own->run_count, own->pairs, own->sites,
+    return mg_gain(stream, features, weight, offset, eps, out, BF16, own->runs, own->run_count, own->pairs, own->sites,
                    number, threads);
 }
 
+/* Rows of so many numbers, of which some are to be the first ones. */
+static void keep_rows(uint16_t *rows, int64_t width, const int64_t *wanted, int64_t count) {
+    for (int64_t n = 0; n < count; n++) memmove(rows + n * width, rows + wanted[n] * width, width * sizeof *rows);
+}
+
 /* Layers one after the other, in bf16, as server/model/fused.py has them: an attention of a norm, then an MLP of a norm are
-   added to the stream (tokens, features). What the last MLP makes is left in `pending` (tokens, features), not yet added.
+   added to the stream (tokens, features). What the last MLP makes is left in `pending` (tokens, features), not yet added. Of
+   both the first rows are those of the tokens that are wanted.
    most: the tokens, and once more for each Linear whose input adapters may change beside others. work: room for most * (E + Q +
    2 * K + 2 * F) + tokens * (Q + F + the larger of both) numbers of bf16, and behind them for a float and as many bytes as any of
    these products has inputs, `most` times. Returns 0, or -1 when there is no memory. */
 int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, uint16_t *stream, uint16_t *pending, uint16_t *work,
               int64_t most, int threads) {
-    const int64_t T = step->adapters.tokens, E = step->features, F = step->inner, Q = step->heads * step->dim;
+    const adapters_t *own = &step->adapters;
+    const int64_t E = step->features, F = step->inner, Q = step->heads * step->dim;
     const int64_t K = step->kv_heads * step->dim, widest = Q > F ? Q : F;
+    int64_t T = own->tokens;
     const shape_t qkv = {3, E, (int64_t[]){0, Q, Q + K, Q + 2 * K}}, o = {1, Q, (int64_t[]){0, E}};
     const shape_t gate_up = {2, E, (int64_t[]){0, F, 2 * F}}, down = {1, F, (int64_t[]){0, E}};
     uint16_t *const x = work, *const made = x + most * E, *const seen = made + most * (Q + 2 * K), *const both = seen + T * Q;
@@ -272,20 +280,26 @@ int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, uint16
         const layer_t *const layer = layers + n;
         if (!n) mg_norm(stream, E, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
         else mg_add_and_norm(pending, stream, T, E, layer->before, layer->before_offset, layer->before_eps, x, BF16, threads);
-        failed |= add_gains(step, layer->before_number, stream, layer->before, layer->before_offset, layer->before_eps, x,
+        failed |= add_gains(own, E, layer->before_number, stream, layer->before, layer->before_offset, layer->before_eps, x,
                             threads);
-        failed |= multiply_with_adapters(&step->adapters, x, &qkv, &layer->qkv, step->least, made, changed, spare, threads);
+        failed |= multiply_with_adapters(own, x, &qkv, &layer->qkv, step->least, made, changed, spare, threads);
         failed |= mg_begin_attention(made, layer->bias, T, step->heads, step->kv_heads, step->dim, step->cos, step->sin,
                                      step->rotated, step->places, layer->keys, layer->values, step->rows, BF16, T,
                                      step->blocks, step->width, step->lengths, step->block_size, layer->window, step->scale,
                                      seen, threads);
-        failed |= multiply_with_adapters(&step->adapters, seen, &o, &layer->o, step->least, pending, changed, spare, threads);
+        if (n == count - 1 && step->wanted) {
+            own = &step->last, T = own->tokens;
+            keep_rows(seen, Q, step->wanted, T);
+            keep_rows(stream, E, step->wanted, T);
+            if (!T) break;
+        }
+        failed |= multiply_with_adapters(own, seen, &o, &layer->o, step->least, pending, changed, spare, threads);
         mg_add_and_norm(pending, stream, T, E, layer->behind, layer->behind_offset, layer->behind_eps, x, BF16, threads);
-        failed |= add_gains(step, layer->behind_number, stream, layer->behind, layer->behind_offset, layer->behind_eps, x,
+        failed |= add_gains(own, E, layer->behind_number, stream, layer->behind, layer->behind_offset, layer->behind_eps, x,
                             threads);
-        failed |= multiply_with_adapters(&step->adapters, x, &gate_up, &layer->gate_up, step->least, both, changed, spare, threads);
+        failed |= multiply_with_adapters(own, x, &gate_up, &layer->gate_up, step->least, both, changed, spare, threads);
         mg_swiglu(both, 2 * F, both + F, 2 * F, T, F, inner, BF16, threads);
-        failed |= multiply_with_adapters(&step->adapters, inner, &down, &layer->down, step->least, pending, changed, spare, threads);
+        failed |= multiply_with_adapters(own, inner, &down, &layer->down, step->least, pending, changed, spare, threads);
     }
     return failed;
 }

@@ -40,7 +40,8 @@ LAYER = np.dtype(
 )
 STEP = np.dtype(
     [
-        ("adapters", ADAPTERS),
+        *((name, ADAPTERS) for name in ("adapters", "last")),
+        ("wanted", "u8"),
         *((name, "i8") for name in ("features", "heads", "kv_heads", "dim", "inner")),
         *((name, "u8") for name in ("cos", "sin")),
         ("rotated", "i8"),
@@ -101,8 +102,13 @@ class Decode:
         seen = sum(span.count * span.length for span in plan.spans)
         return seen <= MOST_SEEN and self._active.routes is None and self._names.isdisjoint(self._active.operands)
 
-    def compute(self, stream_TE: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
-        """What the last MLP adds to the stream, which has all else by then. bf16. Raises: MemoryError."""
+    def compute(
+        self, stream_TE: Tensor, rotation: tuple[Tensor, Tensor], plan: AttentionPlan, wanted_R: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the last MLP adds to the stream, and the stream, which has all else by then: of the wanted tokens alone.
+
+        bf16. The stream given is worked in. Raises: MemoryError.
+        """
         assert native.LIBRARY is not None
         assert stream_TE.is_contiguous() and stream_TE.dtype == torch.bfloat16
         tokens, features = stream_TE.shape
@@ -114,8 +120,12 @@ class Decode:
         if gathered is not None and gates is not None:
             check_count(self._layers[0].qkv.members[0].name, tokens, gates)
             most = tokens if gathered.changes is None else tokens * (1 + TOGETHER)
+        count = tokens if wanted_R is None else len(wanted_R)
+        last = gates if wanted_R is None else self._active.wanted_gates
         self._step[0] = (
             adapters_entry(tokens, gathered, None if gates is None else gates.runs),
+            adapters_entry(count, gathered, None if last is None else last.runs),
+            0 if wanted_R is None else wanted_R.data_ptr(),
             *(features, self._heads, kv_heads, dim, self._inner),
             *(cos_TR.data_ptr(), sin_TR.data_ptr(), cos_TR.shape[1]),
             *(plan.rows_T.data_ptr(), blocks_TN.data_ptr(), lengths_T.data_ptr()),
@@ -140,7 +150,7 @@ class Decode:
         if failed:
             raise MemoryError(f"no memory for a step of {tokens} tokens")
         plan.seen += len(self._layers)
-        return pending_TE
+        return pending_TE[:count], stream_TE[:count]
 
     def _note_cache(self, cache: KvCache) -> None:
         if cache is not self._cache:

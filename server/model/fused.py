@@ -22,6 +22,7 @@ from server.kernels import native
 from server.model.attention import AttentionPlan, in_place, read_cache, read_spans
 from server.model.decode import Decode, Parts, fits
 from server.model.grafted import GraftedLinear, GraftedNorm, Joint
+from server.primitives.site import Active
 
 MODELS = "transformers.models."
 
@@ -171,12 +172,17 @@ class _Attention:
         return isinstance(plan, AttentionPlan) and in_place(x, plan.cache, self.module.head_dim)
 
     def attend(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+        return self.write(self.read(x_TE, position_embeddings, plan))
+
+    def read(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
+        """What every token sees (T, H * D)."""
         made_TO = None if self._norms[0] is not None else self._read.side_by_side(x_TE)
         if made_TO is None:
-            out_TQ = self._attend_in_steps(x_TE, position_embeddings, plan)
-        else:
-            out_TQ = self._attend_at_once(made_TO, position_embeddings, plan)
-        (made_TE,) = self._write(out_TQ)
+            return self._attend_in_steps(x_TE, position_embeddings, plan)
+        return self._attend_at_once(made_TO, position_embeddings, plan)
+
+    def write(self, seen_TQ: Tensor) -> Tensor:
+        (made_TE,) = self._write(seen_TQ)
         return made_TE
 
     def _attend_in_steps(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
@@ -296,9 +302,29 @@ class _Layer:
         x_TE = _norm_of_sum(self._behind, self._attention.attend(x_TE, rotation, plan), stream_TE)
         return self._mlp.compute(x_TE)
 
+    def compute_wanted(
+        self,
+        pending_TE: Tensor | None,
+        stream_TE: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        active: Active,
+        wanted_R: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """What `compute` gives for some of the tokens, and their stream: keys and values are those of all."""
+        x_TE = _norm_of_sum(self._before, pending_TE, stream_TE)
+        seen_RQ = self._attention.read(x_TE, rotation, plan).index_select(0, wanted_R)
+        stream_RE = stream_TE.index_select(0, wanted_R)
+        with active.for_the_wanted():
+            x_RE = _norm_of_sum(self._behind, self._attention.write(seen_RQ), stream_RE)
+            return self._mlp.compute(x_RE), stream_RE
+
 
 class _Decoder:
-    """Every layer, each sum one pass with the norm behind it. Where a hook looks into a layer, the stock decoder."""
+    """Every layer, each sum one pass with the norm behind it. Where a hook looks into a layer, the stock decoder.
+
+    Behind the last attention only those tokens go on whose logits are wanted; the others' hidden states are zeros.
+    """
 
     def __init__(self, module: Any, layers: Sequence[_Layer]) -> None:
         self._module = module
@@ -329,14 +355,37 @@ class _Decoder:
             return stock
         x = self._module.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds.clone()
         rotation = self._module.rotary_emb(x, position_ids)
-        stream_TE, pending_TE = x[0], None
+        active = self._module.norm.active
+        wanted_R = active.wanted_R
+        if wanted_R is not None and len(wanted_R) == x.shape[1]:
+            wanted_R = None
+        pending, stream = self._compute(x[0], rotation, plan, active, wanted_R)
+        if wanted_R is None:
+            return BaseModelOutputWithPast(last_hidden_state=_norm_of_sum(self._module.norm, pending, stream)[None])
+        hidden_TE = torch.zeros_like(x[0])
+        if len(wanted_R):
+            with active.for_the_wanted():
+                hidden_TE.index_copy_(0, wanted_R, _norm_of_sum(self._module.norm, pending, stream))
+        return BaseModelOutputWithPast(last_hidden_state=hidden_TE[None])
+
+    def _compute(
+        self,
+        stream_TE: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        active: Active,
+        wanted_R: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the last MLP adds to the stream, and the stream, which has all else by then: of the wanted tokens."""
         if self._decode is not None and self._decode.serves(plan):
-            pending_TE = self._decode.compute(stream_TE, rotation, plan)
-        else:
-            for layer in self._layers:
-                pending_TE = layer.compute(pending_TE, stream_TE, rotation, plan)
-        x_TE = _norm_of_sum(self._module.norm, pending_TE, stream_TE)
-        return BaseModelOutputWithPast(last_hidden_state=x_TE[None])
+            return self._decode.compute(stream_TE, rotation, plan, wanted_R)
+        pending_TE = None
+        for layer in self._layers if wanted_R is None else self._layers[:-1]:
+            pending_TE = layer.compute(pending_TE, stream_TE, rotation, plan)
+        if wanted_R is not None:
+            return self._layers[-1].compute_wanted(pending_TE, stream_TE, rotation, plan, active, wanted_R)
+        assert pending_TE is not None
+        return pending_TE, stream_TE
 
 
 def _norm_of_sum(norm: GraftedNorm, pending_TE: Tensor | None, stream_TE: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ class Network:
     def forward(self, batch: Batch) -> Tensor:
         """Logits (R, vocabulary) in fp32; fills the plan's KV rows."""
         self._active.operands, self._active.gathered, self._active.gates = batch.operands, batch.gathered, batch.gates
-        self._active.wanted_gates, self._active.routes = batch.wanted_gates, batch.routes
+        self._active.wanted_gates, self._active.wanted_R = batch.wanted_gates, batch.wanted_R
+        self._active.routes = batch.routes
         self._places.arm(batch.operands)
         out = self._stock(
             input_ids=batch.ids_T[None],
@@ -122,7 +123,7 @@ class Network:
         blocks = torch.arange(cache.blocks, device=self.facts.device)[None]
         plan = AttentionPlan(cache, positions, None, None, [Span(stop - start, stop, blocks)])
         self._active.operands, self._active.gathered, self._active.gates = {}, None, None
-        self._active.wanted_gates, self._active.routes = None, None
+        self._active.wanted_gates, self._active.wanted_R, self._active.routes = None, None, None
         self._stock(
             inputs_embeds=embeddings_VE.to(self.facts.device, self.facts.dtype)[None],
             position_ids=positions[None],

@@ -19,7 +19,8 @@ and the rows are pairs of a token and an expert (`server.primitives.experts`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -121,8 +122,8 @@ class SiteOperand:
 class Active:
     """The adapters of the step in hand, read by every grafted module; the engine sets it before each forward pass.
 
-    The output head sees only the tokens whose logits are wanted: `wanted_gates` are theirs. What native kernels know
-    stands in `gathered` where they run, in `operands` otherwise.
+    The output head sees only the tokens whose logits are wanted, `wanted_R` (None: not told); `wanted_gates` are
+    theirs. What native kernels know stands in `gathered` where they run, in `operands` otherwise.
     """
 
     operands: Mapping[str, SiteOperand] = field(default_factory=dict)
@@ -130,6 +131,16 @@ class Active:
     gates: Gates | None = None
     routes: Routes | None = None
     wanted_gates: Gates | None = None
+    wanted_R: Tensor | None = None
+
+    @contextmanager
+    def for_the_wanted(self) -> Iterator[None]:
+        """Meanwhile the modules are given the wanted tokens alone."""
+        gates, self.gates = self.gates, self.wanted_gates
+        try:
+            yield
+        finally:
+            self.gates = gates
 
 
 def pack_site(values: Sequence[tuple[int, SiteValue]], dtype: torch.dtype | None = None) -> SiteOperand:

@@ -123,9 +123,16 @@ TILED: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidde
 
 
 def decoding(
-    network: Network, lengths: Sequence[int], runs: Sequence[Run] = (), grafts: Sequence[Graft] = ()
+    network: Network,
+    lengths: Sequence[int],
+    runs: Sequence[Run] = (),
+    grafts: Sequence[Graft] = (),
+    wanted: Sequence[int] | None = None,
 ) -> Tensor:
-    """Logits of one token of each sequence, over a cache of anything; `runs` of those adapters."""
+    """Logits of one token of each sequence, of those that are wanted, and the cache, which had anything before.
+
+    `runs` of those adapters.
+    """
     generator = torch.Generator().manual_seed(7)
     cache = network.new_cache(16, BLOCK)
     for store in (*cache.keys, *cache.values):
@@ -137,8 +144,11 @@ def decoding(
     bank = Bank(network.facts.dtype, network.facts.groups, network.facts.numbers)
     bank.activate(grafts)
     gates = gates_from_rows(runs, bank.size, cache.keys[0]) if grafts else None
-    every = torch.arange(len(lengths))
-    batch = Batch(ids, torch.tensor(lengths) - 1, plan, every, gates, bank.operands, bank.gathered, gates)
+    rows = list(range(len(lengths))) if wanted is None else wanted
+    wanted_R = torch.tensor(rows, dtype=torch.long)
+    wanted_gates = None if gates is None else gates.at(wanted_R, rows)
+    positions = torch.tensor(lengths) - 1
+    batch = Batch(ids, positions, plan, wanted_R, gates, bank.operands, bank.gathered, wanted_gates)
     logits = network.forward(batch)
     assert plan.seen == len(network.facts.layers)
     return torch.cat([logits.flatten(), *(store.flatten().float() for store in (*cache.keys, *cache.values))])
@@ -204,19 +214,34 @@ def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
     calls = []
     compute = Decode.compute
 
-    def counted(self: Decode, *given: Any) -> Tensor:
+    def counted(self: Decode, *given: Any) -> tuple[Tensor, Tensor]:
         calls.append(1)
         return compute(self, *given)
 
     monkeypatch.setattr(Decode, "compute", counted)
     at_once = [decoding(network, lengths, *case) for case in cases]
     assert len(calls) == len(cases)
+    check_some_are_wanted(network, lengths, cases, at_once)
     monkeypatch.setattr(Decode, "serves", lambda self, plan: False)
+    calls.clear()
     for made, case in zip(at_once, cases, strict=True):
         assert made.isfinite().all()
         assert torch.equal(made, decoding(network, lengths, *case))
-    assert len(calls) == len(cases)
+    check_some_are_wanted(network, lengths, cases, at_once)
+    assert not calls
     assert not any(torch.equal(one, other) for n, one in enumerate(at_once) for other in at_once[:n])
+
+
+def check_some_are_wanted(
+    network: Network, lengths: list[int], cases: list[tuple[list[Run], list[Graft]]], whole: list[Tensor]
+) -> None:
+    """Their logits are what they are when all are wanted, and so is the cache."""
+    vocabulary = SMALL["vocab_size"]
+    for every, case in zip(whole, cases, strict=True):
+        logits, cache = every[: len(lengths) * vocabulary].view(-1, vocabulary), every[len(lengths) * vocabulary :]
+        for wanted in ([1, 3], [0], []):
+            made = decoding(network, lengths, *case, wanted=wanted)
+            assert torch.equal(made, torch.cat([logits[wanted].flatten(), cache]))
 
 
 def test_adapters_that_the_one_call_does_not_know_go_through_the_layers(
@@ -257,8 +282,8 @@ def test_prompts_that_see_little_are_in_that_call_and_those_that_see_much_are_no
         served.append(serves(self, plan))
         return served[-1]
 
-    def step() -> Tensor:
-        """Two decodes, a prompt's second chunk and a first one, over a cache of anything."""
+    def step(wanted: Sequence[int] = range(11)) -> Tensor:
+        """Two decodes, a prompt's second chunk and a first one, over a cache of anything: the wanted tokens' logits."""
         generator = torch.Generator().manual_seed(3)
         cache = network.new_cache(8, BLOCK)
         for store in (*cache.keys, *cache.values):
@@ -276,13 +301,16 @@ def test_prompts_that_see_little_are_in_that_call_and_those_that_see_much_are_no
         positions = torch.tensor([12, 1, *range(4, 10), *range(3)])
         plan = AttentionPlan(cache, torch.tensor(places), torch.tensor([13, 2]), decoded, spans)
         ids = torch.randint(0, 64, (len(places),), generator=generator)
-        return network.forward(Batch(ids, positions, plan, torch.arange(len(places)), None, {}))
+        return network.forward(Batch(ids, positions, plan, torch.tensor(wanted), None, {}))
 
     monkeypatch.setattr(Decode, "serves", noted)
     at_once = step()
+    last = [0, 1, 7, 10]
+    assert torch.equal(step(last), at_once[last])
     monkeypatch.setattr(decode, "MOST_SEEN", 6 * 10 + 3 * 3 - 1)
     by_layers = step()
-    assert served == [True, False]
+    assert torch.equal(step(last), by_layers[last])
+    assert served == [True, True, False, False]
     assert not torch.equal(at_once, by_layers)
     assert (at_once - by_layers).abs().max() < BF16_CLOSE * by_layers.abs().max()
 
