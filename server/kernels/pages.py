@@ -1,6 +1,6 @@
 """Memory for what is read from end to end at every step: in huge pages, where the system has them.
 
-Pages of 4 KB are looked up one by one while a weight streams by, which takes 3 to 7 % of a step (docs/performance.md).
+Pages of 4 KB are looked up one by one while a weight streams by: up to 7 % of its products (docs/performance.md).
 What is taken lies side by side in large pieces; a piece goes when all that was taken of it has gone.
 """
 
