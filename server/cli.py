@@ -60,6 +60,9 @@ def serve(
     block_size: Annotated[int, typer.Option(help="Tokens of a KV block.", min=1, max=1024)] = _ENGINE.block_size,
     prefix_cache: Annotated[bool, typer.Option(help="Reuse the KV of equal beginnings.")] = _ENGINE.prefix_cache,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one product (default: torch's).", min=1)] = None,
+    graphs: Annotated[
+        bool, typer.Option(help="Replay decode steps as CUDA graphs, each compared with the plain step when it begins.")
+    ] = _ENGINE.graphs,
     max_rank: Annotated[int, typer.Option(help="Largest rank of a LoRA adapter.", min=1)] = _ADAPTERS.max_rank,
     max_delta_error: Annotated[
         float,
@@ -132,6 +135,7 @@ def serve(
             kv_bytes=kv_bytes,
             prefix_cache=prefix_cache,
             threads=threads,
+            graphs=graphs,
         ),
         adapters=AdapterConfig(
             max_rank=max_rank,

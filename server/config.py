@@ -27,6 +27,7 @@ class EngineConfig:
     kv_bytes: int = 1 << 30
     prefix_cache: bool = True
     threads: int | None = None
+    graphs: bool = False  # decode steps as CUDA graphs
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,8 @@ def build(config: ServerConfig, hub: HubReader) -> Server:
     tokenizer = load_tokenizer(folder)
     network = load_network(config.model, folder, name=base.name)
     facts = network.facts
+    if config.engine.graphs and facts.device.type != "cuda":
+        raise StartupRefused(f"--graphs needs a CUDA device, this server computes on {facts.device}")
     engine = EngineLoop(network, config.engine)
     metrics = Metrics()
     target = Target(

@@ -8,7 +8,8 @@ A step of fewer sequences than the graph has repeats its first one, which writes
 Everything else is computed without a graph: prompt chunks, routed requests, more sequences or blocks than were
 captured, what could not be captured; and over the same buffers, but with the packed operands, adapters that have no
 place in a slot. On a CPU there are no graphs, and the same buffers are computed with: that is how tests see them.
-Law: the logits of a step are those of `Network.forward`.
+Law: the logits of a step are those of `Network.forward`. A graph shows it on the device where it is to serve: its first
+step without adapters and its first with some are computed both ways, and one that differs does not serve again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from server.primitives.graft import Graft
 log = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+# Of the largest logit: by how much a graph's first steps may be off. Sums have another order, which 16 bits amplify.
+PROOF = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 WARM_UP = 2  # runs before a capture, in which kernels are compiled and libraries make their handles
 
 
@@ -54,6 +57,7 @@ class GraphRunner:
         self.slots = Slots(groups, slots=config.slots, dtype=facts.dtype, device=facts.device)
         self._armed = slot_joints(joints, self.slots.tables)
         self._captured: dict[int, tuple[_StaticStep, Callable[[], Tensor]]] = {}
+        self._proved: set[tuple[int, bool]] = set()  # sizes, and whether adapters were at work
         self._pool = torch.cuda.graph_pool_handle() if facts.device.type == "cuda" else None
         self.replays = 0  # steps that were served by a graph
 
@@ -89,8 +93,20 @@ class GraphRunner:
         slots = self.slots.activate(grafts)
         if slots is None or not self._fill_work(step.work, batch, slots, columns):
             return step.compute_packed(batch)[: len(batch.ids_T)]
+        logits_RV = replay()[: len(batch.ids_T)]
+        case = size, bool(slots)
+        if case not in self._proved:
+            plain_RV = self._network.forward(batch)
+            finite_R = plain_RV.isfinite().all(1)
+            if not finite_R.any():
+                return plain_RV  # whatever overflowed says nothing about the graph
+            if not _agree(logits_RV[finite_R], plain_RV[finite_R], PROOF[self._network.facts.dtype]):
+                log.error("the graph for %d sequences differs from the plain step and does not serve", size)
+                del self._captured[size]
+                return plain_RV
+            self._proved.add(case)
         self.replays += 1
-        return replay()[: len(batch.ids_T)]
+        return logits_RV
 
     def _fill_work(self, work: Work, batch: Batch, slots: Mapping[str, int], columns: Mapping[str, int]) -> bool:
         sequences = len(batch.ids_T)
@@ -156,6 +172,11 @@ class _StaticStep:
     def _batch(self) -> Batch:
         plan = AttentionPlan(self._cache, self._rows_B, self._lengths_B, self._blocks_BN, [])
         return Batch(self._ids_B, self._positions_B, plan, self._wanted_B, None, {})
+
+
+def _agree(logits_RV: Tensor, plain_RV: Tensor, share: float) -> bool:
+    off = (logits_RV - plain_RV).abs().max()
+    return bool(off <= share * plain_RV.abs().max())  # not so where one is no number
 
 
 def _capture(step: _StaticStep, pool: Any) -> Callable[[], Tensor]:

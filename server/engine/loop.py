@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from server.engine.pack_routes import read_shares
 from server.engine.sample import Draw, draw_tokens, score
 from server.errors import AdapterUnavailable, EngineFailed, InvalidValue, PromptTooLong, QueueFull, StartupRefused
 from server.kernels import native
-from server.model.kv import block_bytes
+from server.model.kv import KvCache, block_bytes
 from server.model.network import Network
 from server.policy.blocks import BlockPool
 from server.policy.reach import Course, Term, course, nowhere
@@ -50,6 +50,9 @@ from server.records import (
     Sampled,
     TokenScore,
 )
+
+if TYPE_CHECKING:
+    from server.engine.graphs import GraphRunner
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +134,7 @@ class EngineLoop:
         self._cache = network.new_cache(blocks, config.block_size)
         in_place = native.serves(facts.device, facts.dtype)
         self._bank = Bank(facts.dtype, facts.groups, facts.numbers) if in_place else Bank(facts.dtype)
+        self._graphs = _graph_runner(network, self._cache, config, self.max_model_len) if config.graphs else None
         self._pool = BlockPool(blocks)
         self._scheduler = Scheduler(
             self._pool,
@@ -311,11 +315,16 @@ class EngineLoop:
             logits_RV, states_TE = self._network.forward_with_states(packed.batch)
             self._sum_states(packed, states_TE)
         else:
-            logits_RV = self._network.forward(packed.batch)
+            logits_RV = self._forward(packed)
         self._note_routes(packed)
         drawn = self._draw(packed, logits_RV)
         for outcome in self._scheduler.commit(step, drawn):
             self._tell(outcome)
+
+    def _forward(self, packed: Packed) -> Tensor:
+        if self._graphs is None:
+            return self._network.forward(packed.batch)
+        return self._graphs.run(packed.batch, packed.grafts, packed.columns)
 
     def _note_routes(self, packed: Packed) -> None:
         """Keep who served the step's tokens for those who want to know; a preempted sequence tells nothing twice."""
@@ -545,6 +554,17 @@ def _block_count(network: Network, config: EngineConfig, max_model_len: int) -> 
             f"{max_model_len}: raise --kv-bytes to {longest * one} or lower --max-model-len"
         )
     return blocks
+
+
+def _graph_runner(network: Network, cache: KvCache, config: EngineConfig, max_model_len: int) -> GraphRunner:
+    # Only where it is asked for: torch for CPUs comes without Triton.
+    from server.engine.graphs import SIZES, GraphConfig, GraphRunner
+
+    widest = min(config.max_running, SIZES[-1])
+    sizes = (*(size for size in SIZES if size < widest), widest)
+    runner = GraphRunner(network, cache, GraphConfig(-(-max_model_len // config.block_size), sizes=sizes))
+    runner.capture_all()
+    return runner
 
 
 def _scored(live: Live, logits_V: Tensor) -> Finished | Failed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,6 +27,8 @@ class Packed:
 
     batch: Batch
     rows: tuple[tuple[Chunk, int, int], ...]
+    grafts: Sequence[Graft] = ()  # at work in the batch
+    columns: Mapping[str, int] = field(default_factory=dict)  # of their keys in the batch's gates
     routed: PackedRoutes | None = None
 
 
@@ -77,7 +79,8 @@ def pack_step(
             for chunk in spans
         ],
     )
-    columns = bank.activate([graft for chunk in chunks for graft, weight in grafts[chunk.sequence.id] if weight])
+    at_work = [graft for chunk in chunks for graft, weight in grafts[chunk.sequence.id] if weight]
+    columns = bank.activate(at_work)
     gates = None
     if columns:
         table = [row for chunk in chunks for row in _gate_rows(chunk, grafts[chunk.sequence.id], columns)]
@@ -95,7 +98,7 @@ def pack_step(
         wanted_gates=None if gates is None else gates.at(wanted_R, wanted),
         routes=routed.routes if routed else None,
     )
-    return Packed(batch, tuple(rows), routed)
+    return Packed(batch, tuple(rows), at_work, columns, routed)
 
 
 def block_rows(blocks: Sequence[int], start: int, stop: int, block_size: int) -> list[int]:
