@@ -66,6 +66,7 @@ class Contest:
     adapters: Sequence[Path]
     room: Path
     rounds: int
+    heat: Load = HEAT
 
     def run(self, engines: Iterable[Engine], turns: Mapping[str, Turn]) -> Iterator[Results]:
         """Every turn of every engine that can do it: what there is after every round."""
@@ -108,10 +109,10 @@ class Contest:
 
     def _heat(self, engine: Engine, results: Results) -> float:
         """Tokens per second; 0 where it does not run."""
-        turn = Turn(HEAT, min(HEAT.requests, len(self.adapters)) if engine.adapters else 0)
+        turn = Turn(self.heat, min(self.heat.requests, len(self.adapters)) if engine.adapters else 0)
 
         def warm_up(engine: Engine, running: Running) -> None:
-            self._load(engine, running, "heat", replace(turn, load=replace(HEAT, new=1)), WARM_UP_SEED, results)
+            self._load(engine, running, "heat", replace(turn, load=replace(self.heat, new=1)), WARM_UP_SEED, results)
 
         with Stable(self.base, self.adapters, self.room, warm_up, results.failed) as stable:
             running = stable.lead_out(engine)

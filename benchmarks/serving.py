@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("scenarios", nargs="*", default=["w1"], metavar="SCENARIO", help=", ".join(SCENARIOS))
     parser.add_argument("--base", choices=BASES, default="half")
     parser.add_argument("--only", default="", help="engines, with commas")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--short", action="store_true", help="smaller counts, to see that it runs")
+    parser.add_argument("--rounds", type=int, help="5, or 2 of short loads")
+    parser.add_argument("--short", action="store_true", help="small counts and loads, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # not without ending the engines
@@ -48,16 +48,17 @@ def main() -> None:
     engines = chosen([name for name in asked.only.split(",") if name])
     if not engines:
         parser.error(f"no such engine: {asked.only}")
+    rounds = asked.rounds or (2 if asked.short else 5)
     base = BASES[asked.base]
     make_base(base)
     out = asked.out / base.name
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         say(f"== {name}: {SCENARIOS[name].measures}")
-        head = {"machine": machine(SERVING), "peers": PEERS, "base": base.name, "rounds_asked": asked.rounds}
+        head = {"machine": machine(SERVING), "peers": PEERS, "base": base.name, "rounds_asked": rounds}
         with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
             floors = measure_floors(os.cpu_count() or 1)
-            bench = Bench(base, engines, asked.rounds, Path(room), asked.short)
+            bench = Bench(base, engines, rounds, Path(room), asked.short)
             for report in SCENARIOS[name].run(bench):
                 whole = {**head, "short": asked.short, "floors": floors, **report}
                 (out / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import httpx
 
@@ -21,6 +22,7 @@ from benchmarks.scenarios.scenario import Bench, Report, Scenario
 
 STREAMS, QUEUED, NAMES = 16, 1000, 10_000
 RUNNING = Load(requests=STREAMS, prompt=16, new=384, at_once=STREAMS)
+SHORT_NEW = 96  # when it is to be short: until all is queued
 WAITING = Load(requests=QUEUED, prompt=16, new=4, at_once=QUEUED)
 QUEUE_TIMEOUT_S = 120
 
@@ -28,6 +30,7 @@ QUEUE_TIMEOUT_S = 120
 def run(bench: Bench) -> Iterator[Report]:
     streams, queued, names = bench.few(STREAMS), bench.few(QUEUED), bench.few(NAMES)
     adapters = loras(bench.base, streams)
+    running = replace(RUNNING, requests=streams, new=SHORT_NEW if bench.short else RUNNING.new, at_once=streams)
     report: Report = {"queued": queued, "names": names, "engines": {}}
     for engine in bench.ours:
         room = bench.room / engine.name
@@ -36,12 +39,12 @@ def run(bench: Bench) -> Iterator[Report]:
         steps: dict[str, list[float]] = {"without": [], "with": []}
         with placed.start(bench.base, adapters, room) as up:
             for number in range(bench.rounds):
-                answers, place = asyncio.run(stream(up, streams, 0, number))
+                answers, place = asyncio.run(stream(up, running, 0, number))
                 steps["without"].append(step_s(answers, place))
         fill(room / "home", names, adapters[0], bench.base.folder)
         with placed.serve(bench.base, [f"bench/a{number}" for number in range(streams)], room) as up:
             for number in range(bench.rounds):
-                answers, place = asyncio.run(stream(up, streams, queued, number))
+                answers, place = asyncio.run(stream(up, running, queued, number))
                 steps["with"].append(step_s(answers, place))
         report["engines"][engine.name] = steps
     yield report
@@ -51,17 +54,15 @@ def step_s(answers: list[Answer], place: int) -> float:
     return statistics.median(gap for answer in answers for gap in answer.gaps_s[place:])
 
 
-async def stream(up: Server, streams: int, queued: int, seed: int) -> tuple[list[Answer], int]:
+async def stream(up: Server, shape: Load, queued: int, seed: int) -> tuple[list[Answer], int]:
     """The streams' answers, and the place in them from which on everything was queued (where nothing is, a third)."""
     client = Client(up.url, up.dialect, began=time.perf_counter())
-    shape = Load(streams, RUNNING.prompt, RUNNING.new, streams)
     running = [
-        asyncio.create_task(client.ask(prompt, number, RUNNING.new))
-        for number, prompt in enumerate(prompts(shape, seed))
+        asyncio.create_task(client.ask(prompt, number, shape.new)) for number, prompt in enumerate(prompts(shape, seed))
     ]
     await asyncio.sleep(1)
     waiting = [
-        asyncio.create_task(client.ask(prompt, number % streams, WAITING.new))
+        asyncio.create_task(client.ask(prompt, number % shape.requests, WAITING.new))
         for number, prompt in enumerate(prompts(Load(queued, WAITING.prompt, WAITING.new, queued), seed + 1))
     ]
     if queued:
@@ -72,9 +73,9 @@ async def stream(up: Server, streams: int, queued: int, seed: int) -> tuple[list
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     places = [sum(arrival < since for arrival in answer.arrivals) for answer in answers]
-    if queued and max(places) > 0.9 * RUNNING.new:
+    if queued and max(places) > 0.9 * shape.new:
         raise RuntimeError("the streams ended before everything was queued")
-    return answers, max(places) if queued else RUNNING.new // 3
+    return answers, max(places) if queued else shape.new // 3
 
 
 async def until_queued(url: str, queued: int) -> None:

@@ -47,10 +47,10 @@ def turns(counts: list[int], bench: Bench) -> dict[str, Turn]:
     """Labels are "PHASE, COUNT of BATCH"; COUNT 0 is the base."""
     made = {}
     for batch in sorted({max(count, bench.few(16)) for count in counts}):
-        phases = {"prefill": Load(batch, PROMPT, 1, batch), "decode": Load(batch, SHORT_PROMPT, bench.few(NEW), batch)}
+        phases = {"prefill": Load(batch, PROMPT, 1, batch), "decode": Load(batch, SHORT_PROMPT, NEW, batch)}
         for phase, load in phases.items():
             for count in (0, *(one for one in counts if max(one, bench.few(16)) == batch)):
-                made[f"{phase}, {count} of {batch}"] = Turn(load, count)
+                made[f"{phase}, {count} of {batch}"] = Turn(bench.cut(load), count)
     return made
 
 

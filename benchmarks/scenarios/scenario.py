@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,13 @@ class Bench:
         """The load itself, or where it is to be short a token of it."""
         if not self.short:
             return load
-        few = min(load.requests, SHORT.requests), min(load.prompt, SHORT.prompt), min(load.new, SHORT.new)
-        return Load(*few, at_once=min(load.at_once, SHORT.at_once))
+        return replace(
+            load,
+            requests=min(load.requests, SHORT.requests),
+            prompt=min(load.prompt, SHORT.prompt),
+            new=min(load.new, SHORT.new),
+            at_once=min(load.at_once, SHORT.at_once),
+        )
 
     def few(self, count: int) -> int:
         return min(count, SHORT.at_once) if self.short else count

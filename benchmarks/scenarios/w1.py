@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from benchmarks.adapters import loras
-from benchmarks.contest import Contest, Turn
+from benchmarks.contest import HEAT, Contest, Turn
 from benchmarks.load import W1
 from benchmarks.scenarios.scenario import Bench, Report, Scenario
 
@@ -18,7 +18,8 @@ def run(bench: Bench) -> Iterator[Report]:
     turns = {"base": Turn(load), "1 adapter": Turn(load, 1)}
     turns |= {f"{count} distinct": Turn(load, count) for count in map(bench.few, DISTINCT)}
     adapters = loras(bench.base, max(turn.adapters for turn in turns.values()))
-    for results in Contest(bench.base, adapters, bench.room, bench.rounds).run(bench.engines, turns):
+    contest = Contest(bench.base, adapters, bench.room, bench.rounds, bench.cut(HEAT))
+    for results in contest.run(bench.engines, turns):
         yield {"load": asdict(load), **results.as_json()}
 
 
