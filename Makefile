@@ -37,7 +37,8 @@ gpu: $(STAMP)  ## all that only a GPU can show: proofs, then figures (under ten 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml server/kernels/native.c server/kernels/native_loops.h \
-	server/kernels/native_tiles.h server/kernels/native_coded.h server/kernels/native_terms.h server/kernels/native_adapted.h
+	server/kernels/native_tiles.h server/kernels/native_coded.h server/kernels/native_terms.h server/kernels/native_adapted.h \
+	server/kernels/native_panels.h
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V). Try make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

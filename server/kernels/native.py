@@ -80,6 +80,14 @@ _SIGNATURES = {
         *(_INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER),  # sequences, blocks, lengths, block size, window
         *(_FLOAT, _POINTER, _TYPE),  # scale, out
     ),
+    "mg_has_panels": (),
+    "mg_panels_size": (_INTEGER, _INTEGER),
+    "mg_panel": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),
+    "mg_unpanel": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),
+    "mg_multiply_panels": (
+        *(_POINTER, _INTEGER, _INTEGER),  # x
+        *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # panels, inputs, outputs, y
+    ),
     "mg_has_tiles": (),
     "mg_tiled_size": (_INTEGER, _INTEGER),
     "mg_tile": (_POINTER, _INTEGER, _INTEGER, _INTEGER, _POINTER, _TYPE),
@@ -113,8 +121,8 @@ _SIGNATURES = {
 _RESULTS = {
     **dict.fromkeys(("mg_lowrank", "mg_change", "mg_gain", "mg_attend", "mg_begin_attention"), _TYPE),
     **dict.fromkeys(("mg_multiply", "mg_multiply_with_adapters", "mg_decode", "mg_few_bits"), _TYPE),
-    **dict.fromkeys(("mg_uncode", "mg_has_tiles"), _TYPE),
-    **dict.fromkeys(("mg_tiled_size", "mg_coded_size"), _INTEGER),
+    **dict.fromkeys(("mg_uncode", "mg_has_tiles", "mg_has_panels", "mg_multiply_panels"), _TYPE),
+    **dict.fromkeys(("mg_tiled_size", "mg_coded_size", "mg_panels_size"), _INTEGER),
 }
 
 
@@ -399,6 +407,50 @@ def begin_attention(
     if failed:
         raise MemoryError("no memory for the scores of an attention")
     return out_TQ
+
+
+def has_panels() -> bool:
+    """Whether this processor's vectors make the products of `multiply_wide` fast."""
+    return LIBRARY is not None and bool(LIBRARY.mg_has_panels())
+
+
+def panel(weight_OI: Tensor) -> Tensor:
+    """A weight in bf16 in the order in which `multiply_wide` reads it here: it follows from the vectors' length."""
+    assert LIBRARY is not None and weight_OI.dtype == torch.bfloat16
+    weight_OI = weight_OI.contiguous()
+    panels = pages.take(LIBRARY.mg_panels_size(*weight_OI.shape), torch.bfloat16)
+    LIBRARY.mg_panel(weight_OI.data_ptr(), *weight_OI.shape, panels.data_ptr(), torch.get_num_threads())
+    return panels
+
+
+def unpanel(panels: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The weight (O, I) of `panel` again."""
+    assert LIBRARY is not None
+    weight_OI = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+    LIBRARY.mg_unpanel(panels.data_ptr(), outputs, inputs, weight_OI.data_ptr(), torch.get_num_threads())
+    return weight_OI
+
+
+def multiply_wide(x_TI: Tensor, panels: Tensor, outputs: int) -> Tensor:
+    """(T, O): the product in fp32 with a weight of `panel`. Raises: MemoryError."""
+    assert LIBRARY is not None and x_TI.dtype == torch.float32
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    tokens, inputs = x_TI.shape
+    y_TO = torch.empty(tokens, outputs)
+    failed = LIBRARY.mg_multiply_panels(
+        x_TI.data_ptr(),
+        x_TI.stride(0),
+        tokens,
+        panels.data_ptr(),
+        inputs,
+        outputs,
+        y_TO.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the panels of a weight")
+    return y_TO
 
 
 def has_tiles() -> bool:

@@ -650,6 +650,8 @@ INLINE void attend_group(const float *query, const void *keys, const void *value
 ATTEND(FP32)
 ATTEND(BF16)
 
+#include "native_panels.h"
+
 #undef vec
 #undef uvec
 #undef ivec

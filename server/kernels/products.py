@@ -4,8 +4,10 @@ A weight is packed once, when the base is loaded. What is chosen follows from wh
 timing, so that a base answers alike after every start (docs/performance.md has the timings behind the rule):
 bf16 activations, on processors with a matrix unit (AMX): tiles, by a kernel of our own (native_tiles.h);
 bf16 activations, on others with bf16 products: the library's own order of the weight (oneDNN);
-fp32 activations of a checkpoint in half precision: the weight stays in 16 bits (FBGEMM), widened in registers. bf16
-numbers are fp16 numbers but for those near zero, which round by 2^-25 at most; a weight that has others stays in fp32.
+fp32 activations of a checkpoint in bf16, on processors with vectors of 8 floats or more: the weight stays in its 16
+bits, by a kernel of our own (native_panels.h);
+fp32 activations of one in fp16: the same by FBGEMM. Without a kernel of ours it takes bf16, too, whose numbers are fp16
+numbers but for those near zero, which round by 2^-25 at most; a weight that has others stays in fp32.
 
 O out, I in.
 """
@@ -107,6 +109,23 @@ class Tiled:
         return native.untile(self.packed, self._outputs, self._inputs).float()
 
 
+class Panels:
+    """bf16 in memory, every bit of it, fp32 in the product and its result."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        self._outputs, self._inputs = weight_OI.shape
+        self._panels = native.panel(weight_OI)
+        self.bytes = self._panels.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            return native.multiply_wide(x, self._panels, self._outputs)
+        return self(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self._outputs)
+
+    def weight(self) -> Tensor:
+        return native.unpanel(self._panels, self._outputs, self._inputs).float()
+
+
 class Half:
     """fp16 in memory, fp32 in the product and its result."""
 
@@ -130,12 +149,16 @@ def fastest(weight_OI: Tensor, activations: torch.dtype, stored: torch.dtype) ->
             return Tiled(weight_OI)
         if activations == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return Ordered(weight_OI)
-        if activations == torch.float32 and stored != torch.float32 and _fits_half(weight_OI):
+        if activations == torch.float32 and stored == torch.bfloat16 and native.has_panels():
+            narrow_OI = weight_OI.bfloat16()
+            if torch.equal(narrow_OI.float(), weight_OI):  # it has been widened, and no more than that
+                return Panels(narrow_OI)
+        if activations == torch.float32 and stored != torch.float32 and fits_half(weight_OI):
             return Half(weight_OI)
     return Plain(weight_OI)
 
 
-def _fits_half(weight_OI: Tensor) -> bool:
+def fits_half(weight_OI: Tensor) -> bool:
     """Whether FBGEMM is there, and fp16 holds every number of the weight."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False

@@ -18,7 +18,7 @@ from torch import Tensor
 from server.kernels import native, pages
 from server.kernels.changes import Change, Changes, ChangeTable, SiteChange, tabulate_changes
 from server.kernels.gathered import Gathered, Row, Runs, Term, tabulate
-from server.kernels.products import Half, Ordered, Plain, Tiled, fastest
+from server.kernels.products import HALF_STEP, Half, Ordered, Panels, Plain, Tiled, fastest, fits_half
 from server.model.attention import AttentionPlan, decode_gathered, decode_in_place
 from server.model.kv import KvCache
 from server.primitives import bias, gain, rotate, scale
@@ -196,21 +196,68 @@ def test_the_packed_products_are_the_plain_one(seed: int, tokens: int, inputs: i
     weight = torch.randn(outputs, inputs, generator=generator).bfloat16().float()
     packed = fastest(weight, torch.float32, torch.bfloat16)
     torch.testing.assert_close(packed(x), F.linear(x, weight), rtol=CLOSE, atol=CLOSE)
-    assert (packed.weight() - weight).abs().max() <= 2.0**-25
+    assert (packed.weight() - weight).abs().max() <= HALF_STEP
     ordered = Ordered(weight)
     torch.testing.assert_close(ordered(x), F.linear(x, weight), rtol=CLOSE, atol=CLOSE)
     assert torch.equal(ordered.weight(), weight)
+    if fits_half(weight):
+        half = Half(weight)
+        torch.testing.assert_close(half(x), F.linear(x, weight), rtol=CLOSE, atol=CLOSE)
+        assert (half.weight() - weight).abs().max() <= HALF_STEP
+
+
+@built
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 40),
+    inputs=st.sampled_from([1, 33, 512, 513, 1100]),
+    outputs=st.sampled_from([1, 16, 40, 129]),
+    threads=st.sampled_from([1, 2]),
+)
+def test_panels_are_the_plain_product_and_tokens_do_not_meet(
+    seed: int, tokens: int, inputs: int, outputs: int, threads: int
+) -> None:
+    """Inputs around what is widened at a time, whole panels and a last one that is not, rows that lie apart."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, inputs + 3, generator=generator)[:, 2:-1]
+    weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        panels = Panels(weight)
+        made = panels(x)
+        alone = torch.cat([panels(row) for row in x.split(1)])
+        plain = F.linear(x.double(), weight.double()).float()
+        x[0] = torch.inf
+        beside = panels(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(panels.weight(), weight.float())
+    torch.testing.assert_close(made, plain, rtol=CLOSE, atol=CLOSE * inputs**0.5)
+    assert torch.equal(made, alone)
+    assert torch.equal(beside[1:], alone[1:])
 
 
 def test_a_weight_stays_as_it_is_where_16_bits_would_change_it() -> None:
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    kinds = [Half, Plain] if "fbgemm" in torch.backends.quantized.supported_engines else [Plain, Plain]
-    assert type(fastest(weight, torch.float32, torch.bfloat16)) is kinds[0]
+    half = Half if "fbgemm" in torch.backends.quantized.supported_engines else Plain
+    wide = Panels if native.has_panels() else half
+    assert type(fastest(weight, torch.float32, torch.bfloat16)) is wide
+    assert type(fastest(weight.half().float(), torch.float32, torch.float16)) is half
     assert type(fastest(weight, torch.float32, torch.float32)) is Plain
     for large in (1e6, 1 + 2.0**-12, float("inf"), float("nan")):
         changed = weight.clone()
         changed[3, 3] = large
-        assert type(fastest(changed, torch.float32, torch.bfloat16)) is Plain, large
+        assert type(fastest(changed, torch.float32, torch.float16)) is Plain, large
+    for number, kind in (
+        (2.0**100, Panels if native.has_panels() else Plain),
+        (1 + 2.0**-7, wide),
+        (1 + 2.0**-12, Plain),
+    ):
+        changed = weight.clone()
+        changed[3, 3] = number
+        assert type(fastest(changed, torch.float32, torch.bfloat16)) is kind, number
 
 
 def _term(low: LowRank, place: int) -> Term:

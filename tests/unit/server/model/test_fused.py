@@ -15,7 +15,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from server.adapters.bank import Bank
 from server.config import ModelConfig
 from server.kernels import native
+from server.kernels.quantized import BYTE
 from server.model import decode, fused
+from server.model import quantize as quantizing
 from server.model.attention import AttentionPlan, Span
 from server.model.decode import Decode
 from server.model.load import load_network
@@ -191,6 +193,12 @@ def mixed(network: Network, seed: int) -> Graft:
     return Graft(f"mixed-{seed}", f"mixed-{seed}@1", sites)
 
 
+def pretend_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with a matrix unit: where there is none, its products run by their plain loop."""
+    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    monkeypatch.setattr(quantizing, "largest_code", lambda: BYTE)
+
+
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
@@ -199,7 +207,7 @@ def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
     """To the bit, and what stands in the cache afterwards."""
     options = {**KNOWN[architecture], **TILED, "attention_bias": False}
     saved(architecture, tmp_path, **options)
-    monkeypatch.setattr(native, "has_tiles", lambda: True)  # elsewhere by their plain loop
+    pretend_tiles(monkeypatch)
     network = load_network(ModelConfig("tiny", dtype="bfloat16", quantize=quantize), tmp_path, name="tiny")
     lengths = [9, 1, 17, 30]
     cases: list[tuple[list[Run], list[Graft]]] = [
@@ -248,7 +256,7 @@ def test_adapters_that_the_one_call_does_not_know_go_through_the_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved("llama", tmp_path, **{**KNOWN["llama"], **TILED, "attention_bias": False})
-    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    pretend_tiles(monkeypatch)
     network = load_network(ModelConfig("tiny", dtype="bfloat16"), tmp_path, name="tiny")
     name = "model.layers.1.mlp.down_proj"
     whole = SiteValue(delta=Delta(torch.randn(64, 128).bfloat16()))
@@ -273,7 +281,7 @@ def test_prompts_that_see_little_are_in_that_call_and_those_that_see_much_are_no
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved("qwen2", tmp_path, **{**KNOWN["qwen2"], **TILED})
-    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    pretend_tiles(monkeypatch)
     network = load_network(ModelConfig("tiny", dtype="bfloat16"), tmp_path, name="tiny")
     served = []
     serves = Decode.serves
@@ -319,7 +327,7 @@ def test_a_base_in_few_bits_with_activations_in_fp32_goes_through_its_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved("llama", tmp_path, **{**KNOWN["llama"], **TILED})
-    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    pretend_tiles(monkeypatch)
     monkeypatch.setattr(Decode, "serves", lambda self, plan: pytest.fail("it is in bf16"))
     network = load_network(ModelConfig("tiny", dtype="float32", quantize="int8"), tmp_path, name="tiny")
     assert decoding(network, [9, 1]).isfinite().all()
