@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -27,8 +27,8 @@ class Packed:
 
     batch: Batch
     rows: tuple[tuple[Chunk, int, int], ...]
-    grafts: Sequence[Graft] = ()  # at work in the batch
-    columns: Mapping[str, int] = field(default_factory=dict)  # of their keys in the batch's gates
+    grafts: Sequence[Graft]  # at work in the batch
+    columns: Mapping[str, int]  # of their keys in the batch's gates
     routed: PackedRoutes | None = None
 
 
