@@ -54,6 +54,7 @@ REFUSED = (
         ["server.bases.enabled=true", "server.bases.accessMode=ReadWriteOnce"],
         "ReadWriteOnce allows one server",
     ),
+    ("graphs without a GPU", ["server.options.graphs=true"], "server.options.graphs needs a GPU"),
     ("an Ingress without a host", ["server.ingress.enabled=true"], "server.ingress.host is needed"),
 )
 

@@ -128,5 +128,8 @@ http://{{ include "multigraft.fullname" . }}-registry:{{ .Values.registry.servic
 {{- fail "server.bases.accessMode ReadWriteOnce allows one server: replicas 1, rollout.maxSurge 0, no autoscaling" }}
 {{- end }}
 {{- end }}
+{{- if and .options.graphs (not .gpu.count) }}
+{{- fail "server.options.graphs needs a GPU: server.gpu.count is 0" }}
+{{- end }}
 {{- end }}
 {{- end }}
