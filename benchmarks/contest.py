@@ -26,22 +26,24 @@ SLOW_S = 60.0
 
 @dataclass(frozen=True)
 class Turn:
-    """What is asked for: of no adapter (the base), or of the first so many, as popular as `popularity` says."""
+    """What is asked for: of no adapter (the base), or of so many from `first` on, as popular as `popularity` says."""
 
     load: Load
     adapters: int = 0
     popularity: str = "distinct"
+    first: int = 0
 
     def asked(self, seed: int) -> list[Asked]:
         if not self.adapters:
             return [None] * self.load.requests
-        return POPULARITY[self.popularity](self.load.requests, self.adapters, seed)
+        asked = POPULARITY[self.popularity](self.load.requests, self.adapters, seed)
+        return [one if one is None else one + self.first for one in asked]
 
     def warming(self) -> Turn:
         """Short; every adapter once."""
         requests = max(self.adapters, min(self.load.requests, self.load.at_once))
         load = replace(self.load, requests=requests, prompt=WARM_PROMPT, new=min(self.load.new, WARM_NEW))
-        return Turn(load, self.adapters)
+        return replace(self, load=load, popularity="distinct")
 
     def one_batch(self) -> Turn:
         return replace(self, load=replace(self.load, requests=min(self.load.requests, self.load.at_once)))

@@ -1,5 +1,7 @@
 """The tables and plots of docs/performance.md, made from benchmarks/results: `python -m benchmarks.page`.
 
+Those of another machine: --results and --page.
+
 All between the two lines `made by benchmarks.page` is made; around them is prose by hand. What has no result yet
 says so. Plots need matplotlib (the extra `bench`).
 """
@@ -29,8 +31,9 @@ def read(base: str, results: Path) -> Reports:
     return {one.stem: json.loads(one.read_text(encoding="utf-8")) for one in sorted((results / base).glob("*.json"))}
 
 
-def page(results: Path) -> str:
-    """Targets are judged for each base that has results; they were set for `half`."""
+def made_page(results: Path, page: Path) -> str:
+    """What stands between the two lines of `page`; its plots are written beside it. Targets are judged for each base
+    that has results; they were set for `half`."""
     parts: list[str] = []
     for base in BASES:
         reports = read(base, results)
@@ -38,7 +41,7 @@ def page(results: Path) -> str:
             continue
         parts += [f"### Base `{base}`", *machine_lines(reports)]
         parts += [targets_table(reports), *sections(BASES[base], reports)]
-        parts += [f"![{title}]({file})" for title, file in plot(base, reports, DOCS)]
+        parts += [f"![{title}]({file})" for title, file in plot(base, reports, page)]
     return "\n\n".join(parts) or "No results yet: run `make bench`."
 
 
@@ -50,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = asked.page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    asked.page.write_text(f"{before}{BEGIN}\n\n{page(asked.results)}\n\n{END}{after}", encoding="utf-8")
+    made = made_page(asked.results, asked.page)
+    asked.page.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ Reports = Mapping[str, Mapping[str, Any]]
 SIZE_INCHES, DOTS_PER_INCH = (8, 4), 120
 
 
-def plot(base: str, reports: Reports, docs: Path) -> list[tuple[str, str]]:
+def plot(base: str, reports: Reports, page: Path) -> list[tuple[str, str]]:
     """Writes what the results have; (title, file beside the page) of each."""
     made = []
+    docs = page.parent
     if "w1" in reports:
-        made.append(("Output tokens per second, by adapters in the load", f"performance-{base}-peers.png"))
+        made.append(("Output tokens per second, by adapters in the load", f"{page.stem}-{base}-peers.png"))
         _peers(reports["w1"], *made[-1], docs)
     if "overhead" in reports:
-        made.append(("Decoding with distinct adapters, of our own base's rate", f"performance-{base}-overhead.png"))
+        made.append(("Decoding with distinct adapters, of our own base's rate", f"{page.stem}-{base}-overhead.png"))
         _overhead(reports["overhead"], *made[-1], docs)
     return made
 

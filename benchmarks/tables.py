@@ -57,6 +57,8 @@ def sections(base: Base, reports: Reports) -> list[str]:
             "#### Of our own base's throughput, by number of adapters in the batch",
             overhead(base, reports["overhead"]),
         ]
+    if "kinds" in reports:
+        made += ["#### Of our own base's throughput, 16 distinct adapters of one kind", kinds(reports["kinds"])]
     if "popularity" in reports:
         made += ["#### 64 adapters by popularity, of our own base's throughput", popularity(reports["popularity"])]
     if "memory" in reports:
@@ -144,6 +146,19 @@ def decode_floor_ratio(base: Base, machine: Machine, ranks: Sequence[int], label
     load = Load(int(batch), SHORT_PROMPT, NEW, int(batch))
     distinct = [ranks[number % len(ranks)] for number in range(int(count))]
     return floor_s(base, load, machine) / floor_s(base, load, machine, distinct)
+
+
+def kinds(report: Mapping[str, Any]) -> str:
+    labels = [label.split(", ") for mine in report["rounds"].values() for label in mine]
+    phases, names = (list(dict.fromkeys(one)) for one in zip(*labels, strict=True))
+    lines = [f"| | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
+    for engine in report["rounds"]:
+        found = {phase: rates({"": report}, "", engine, f"{phase}, base") for phase in phases}
+        for name in names:
+            if name != "base":
+                cells = [ratio(rates({"": report}, "", engine, f"{phase}, {name}"), found[phase]) for phase in phases]
+                lines.append(f"| {engine}, {name} | {' | '.join(str(one or '') for one in cells)} |")
+    return "\n".join(lines)
 
 
 def popularity(report: Mapping[str, Any]) -> str:

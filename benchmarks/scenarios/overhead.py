@@ -47,11 +47,14 @@ def turns(counts: list[int], bench: Bench) -> dict[str, Turn]:
     """Labels are "PHASE, COUNT of BATCH"; COUNT 0 is the base."""
     made = {}
     for batch in sorted({max(count, bench.few(16)) for count in counts}):
-        phases = {"prefill": Load(batch, PROMPT, 1, batch), "decode": Load(batch, SHORT_PROMPT, NEW, batch)}
-        for phase, load in phases.items():
+        for phase, load in phases(batch).items():
             for count in (0, *(one for one in counts if max(one, bench.few(16)) == batch)):
                 made[f"{phase}, {count} of {batch}"] = Turn(bench.cut(load), count)
     return made
+
+
+def phases(batch: int) -> dict[str, Load]:
+    return {"prefill": Load(batch, PROMPT, 1, batch), "decode": Load(batch, SHORT_PROMPT, NEW, batch)}
 
 
 SCENARIO = Scenario("overhead", "distinct adapters against our own base only", run)

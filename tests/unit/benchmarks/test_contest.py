@@ -98,3 +98,10 @@ def test_where_two_of_three_fit_a_round_starts_as_few_as_can_be(
     list(_contest(tmp_path).run(engines, {"base": TURNS["base"]}))
     assert [one.starts for one in engines] == [2, 2, 2]  # the one longest unused ending would make it 3 each
     assert not any(one.up for one in engines)
+
+
+def test_adapters_are_asked_for_from_the_first_of_a_turn_on() -> None:
+    turn = Turn(LOAD, 4, first=8)
+    assert set(turn.asked(1)) == {8, 9, 10, 11}
+    assert set(turn.warming().asked(1)) == {8, 9, 10, 11}
+    assert set(Turn(LOAD, 0, first=8).asked(1)) == {None}

@@ -12,6 +12,7 @@ from benchmarks.bases import BASES
 from benchmarks.floors import Machine, floor_s
 from benchmarks.load import W1
 from benchmarks.page import BEGIN, END, main
+from benchmarks.tables import kinds
 from benchmarks.targets import TARGETS, targets_table
 
 HALF = BASES["half"]
@@ -54,6 +55,12 @@ def test_adapters_cost_what_they_add_to_prompts_and_new_tokens_together() -> Non
     report = {"groups": {"rank 8": {"rounds": {"ours": rounds}}}}
     line = next(line for line in targets_table({"overhead": report}).splitlines() if "16 distinct against" in line)
     assert "| 0.80 | no |" in line
+
+
+def test_a_kind_is_set_beside_the_base_of_its_phase() -> None:
+    rates = {"prefill, base": 8, "prefill, lora": 6, "decode, base": 2, "decode, lora": 1}
+    report = {"rounds": {"ours": {label: _rounds(rate, rate) for label, rate in rates.items()}}}
+    assert kinds(report).splitlines()[2:] == ["| ours, lora | 0.75 (0.75 to 0.75) | 0.50 (0.50 to 0.50) |"]
 
 
 def test_a_floor_grows_with_adapters_and_falls_with_the_machine() -> None:
