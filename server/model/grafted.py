@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from server.kernels.adapted import Adapted
 from server.kernels.gathered import Gathered
 from server.kernels.native import MEMBERS
-from server.kernels.products import Plain, Product, Tiled, fastest
+from server.kernels.products import Panels, Plain, Product, Tiled, fastest
 from server.kernels.quantized import Held, Int8Tiled
 from server.model.norms import NativeNorm, Unit, embedding_factor, fast_norm, norm_shape, prove_norm
 from server.model.weights import Stock
@@ -176,7 +176,7 @@ class Joint:
         """
         changed = self._changed_inputs(x_TI, gates)
         inputs = [one.x_nI for one in changed.values()]
-        if changed and isinstance(self.product, Tiled | Int8Tiled):
+        if changed and isinstance(self.product, Tiled | Int8Tiled | Panels):
             y_TO, *made = self.product(torch.cat([x_TI, *inputs])).split([len(x_TI), *map(len, inputs)])
         else:
             y_TO, made = self.product(x_TI), [self.product(x_nI) for x_nI in inputs]

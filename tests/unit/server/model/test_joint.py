@@ -7,7 +7,7 @@ import torch
 
 from server.adapters.bank import Bank
 from server.kernels import native
-from server.kernels.products import Plain, Product, Tiled
+from server.kernels.products import Panels, Plain, Product, Tiled
 from server.model.grafted import Joint, Member, gates_of_all
 from server.primitives.bias import Bias
 from server.primitives.gates import Gates
@@ -17,23 +17,26 @@ from server.primitives.scale import Scale
 from server.primitives.site import Active, SiteValue, apply_site, pack_site
 
 TOKENS, IN, WIDTHS = 5, 64, (20, 12)
-BOTH = [pytest.param(Plain, id="plain")]
+KINDS = [pytest.param(Plain, id="plain")]
 if native.LIBRARY is not None:
-    BOTH.append(pytest.param(Tiled, id="tiles"))
+    KINDS += [pytest.param(Tiled, id="tiles"), pytest.param(Panels, id="panels")]
 built = pytest.mark.skipif(native.LIBRARY is None, reason="no C compiler was at hand when this was installed")
 
 
 @pytest.mark.parametrize("in_place", [False, pytest.param(True, marks=built)])
 @pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("kind", BOTH)
-def test_each_linear_has_its_own_changed_inputs(kind: type[Plain | Tiled], alone: bool, in_place: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_linear_has_its_own_changed_inputs(
+    kind: type[Plain | Tiled | Panels], alone: bool, in_place: bool
+) -> None:
     """Beside another, or by itself; what adapters do by torch's operations, or by the native kernels."""
     rng = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if kind is Panels else torch.bfloat16
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=rng).bfloat16()
+        return torch.randn(*shape, generator=rng).bfloat16().to(dtype)
 
-    weight_OI, x_TI = normal(sum(WIDTHS), IN), normal(TOKENS, IN)
+    weight_OI, x_TI = normal(sum(WIDTHS), IN).bfloat16(), normal(TOKENS, IN)
     members = [Member("a", 0, WIDTHS[0], None, 0), Member("b", WIDTHS[0], sum(WIDTHS), None, 1)]
     if alone:
         weight_OI, members = weight_OI[: WIDTHS[0]].contiguous(), members[:1]
@@ -46,11 +49,11 @@ def test_each_linear_has_its_own_changed_inputs(kind: type[Plain | Tiled], alone
     }
     gates_TK = torch.tensor([[1.0, 0], [0, 0], [0, 0.5], [0.25, -1], [0, 1]])
     operands = {name: pack_site(own) for name, own in values.items()}
-    active = Active(operands, gates=Gates(gates_TK.bfloat16()))
+    active = Active(operands, gates=Gates(gates_TK.to(dtype)))
     if in_place:
         by_column = [{name: value for name, own in values.items() for k, value in own if k == n} for n in range(2)]
         grafts = [Graft(f"{n}", f"{n}@1", sites) for n, sites in enumerate(by_column)]
-        bank = Bank(torch.bfloat16, [("a", "b")], {"a": 0, "b": 1})
+        bank = Bank(dtype, [("a", "b")], {"a": 0, "b": 1})
         bank.activate(grafts)
         active = Active(bank.operands, bank.gathered, active.gates)
         assert not bank.operands
