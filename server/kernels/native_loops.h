@@ -13,6 +13,9 @@ typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
 #define bvec NAME(bvec)
 #define level NAME(level)
 #define load_bytes NAME(load_bytes)
+#define store_beside NAME(store_beside)
+#define load_beside NAME(load_beside)
+#define load_two NAME(load_two)
 #define load_fp8 NAME(load_fp8)
 #define load_fp32 NAME(load_fp32)
 #define load_bf16 NAME(load_bf16)
@@ -123,6 +126,41 @@ INLINE void ask_soon(const void *p, int64_t at, const int type) {
     __builtin_prefetch((const char *)p + at * (type == FP32 ? 4 : 2) + SOON);
 }
 
+/* 2 * LANES numbers of an adapter in the order in which they are widened fastest: without AVX-512 the blocks of 4 that a
+   bf16 vector has are 0 and 2, and 1 and 3. `load_beside` and `store_beside` are fp32 numbers in the order of that `type`. */
+INLINE void load_two(const void *p, int64_t at, const int type, vec two[2]) {
+#if LANES == 8 && defined(X86)
+    if (type == BF16) {
+        const __m256i both = _mm256_loadu_si256((const void *)((const uint16_t *)p + at)), none = _mm256_setzero_si256();
+        two[0] = (vec)_mm256_unpacklo_epi16(none, both), two[1] = (vec)_mm256_unpackhi_epi16(none, both);
+        return;
+    }
+#endif
+    UNROLL for (int half = 0; half < 2; half++) two[half] = load(p, at + half * LANES, type);
+}
+
+INLINE void load_beside(const float *p, const int type, vec two[2]) {
+#if LANES == 8 && defined(X86)
+    if (type == BF16) {
+        UNROLL for (int half = 0; half < 2; half++)
+            two[half] = (vec)_mm256_loadu2_m128(p + 8 + half * 4, p + half * 4);
+        return;
+    }
+#endif
+    UNROLL for (int half = 0; half < 2; half++) two[half] = load_fp32(p + half * LANES);
+}
+
+INLINE void store_beside(float *p, const int type, const vec two[2]) {
+#if LANES == 8 && defined(X86)
+    if (type == BF16) {
+        UNROLL for (int half = 0; half < 2; half++)
+            _mm256_storeu2_m128(p + 8 + half * 4, p + half * 4, (__m256)two[half]);
+        return;
+    }
+#endif
+    UNROLL for (int half = 0; half < 2; half++) memcpy(p + half * LANES, &two[half], sizeof(vec));
+}
+
 /* middle[t][r] = sum_i x[t][i] A[r][i] for a few tokens and ranks. The loops over both are unrolled: the sums are
    registers. */
 #define DOTS(NAME, TOKENS_HERE, RANKS_HERE)                                                                         \
@@ -130,18 +168,24 @@ INLINE void ask_soon(const void *p, int64_t at, const int type) {
                      int64_t middle_row, const int type) {                                                          \
         vec sums[TOKENS_HERE][RANKS_HERE] = {{{0}}};                                                                \
         int64_t i = 0;                                                                                              \
-        for (; i + LANES <= inputs; i += LANES)                                                                     \
+        for (; i + 2 * LANES <= inputs; i += 2 * LANES) {                                                           \
+            vec own[TOKENS_HERE][2];                                                                                \
+            UNROLL for (int t = 0; t < TOKENS_HERE; t++) load_beside(x + t * x_row + i, type, own[t]);              \
             UNROLL for (int r = 0; r < RANKS_HERE; r++) {                                                           \
+                vec a[2];                                                                                           \
                 ask_soon(A, (rank + r) * inputs + i, type);                                                          \
-                const vec a = load(A, (rank + r) * inputs + i, type);                                               \
-                UNROLL for (int t = 0; t < TOKENS_HERE; t++) sums[t][r] += load_fp32(x + t * x_row + i) * a;        \
-            }                                                                                                       \
-        if (i < inputs)                                                                                             \
-            UNROLL for (int r = 0; r < RANKS_HERE; r++) {                                                           \
-                const vec a = load_some(A, (rank + r) * inputs + i, inputs - i, type);                              \
+                load_two(A, (rank + r) * inputs + i, type, a);                                                      \
                 UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                        \
-                    sums[t][r] += load_some(x + t * x_row, i, inputs - i, FP32) * a;                                \
+                    UNROLL for (int half = 0; half < 2; half++) sums[t][r] += own[t][half] * a[half];               \
             }                                                                                                       \
+        }                                                                                                           \
+        for (int64_t some; i < inputs; i += some) {                                                                 \
+            some = at_most(LANES, inputs - i);                                                                      \
+            UNROLL for (int r = 0; r < RANKS_HERE; r++) {                                                           \
+                const vec a = load_some(A, (rank + r) * inputs + i, some, type);                                    \
+                UNROLL for (int t = 0; t < TOKENS_HERE; t++) sums[t][r] += load_some(x + t * x_row, i, some, FP32) * a; \
+            }                                                                                                       \
+        }                                                                                                           \
         UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                                \
             UNROLL for (int r = 0; r < RANKS_HERE; r++) middle[t * middle_row + r] = sum(sums[t][r]);               \
     }
@@ -173,49 +217,51 @@ SHRINK(FP32)
 SHRINK(BF16)
 SHRINK(FP16)
 
-/* into[t][o] += sum_r middle[t][r] B[r][o] for a few tokens and vectors of outputs. */
-#define SPREAD(NAME, TOKENS_HERE, VECTORS)                                                                          \
+/* into[t][o] += sum_r middle[t][r] B[r][o] for a few tokens and twice as many vectors of outputs as there are pairs. */
+#define SPREAD(NAME, TOKENS_HERE, PAIRS)                                                                            \
     INLINE void NAME(const float *middle, int64_t middle_row, const void *B, int64_t ranks, int64_t outputs,        \
                      int64_t at, float *into, int64_t into_row, const int type) {                                   \
-        vec sums[TOKENS_HERE][VECTORS];                                                                             \
+        vec sums[TOKENS_HERE][PAIRS][2];                                                                            \
         UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                                \
-            UNROLL for (int v = 0; v < VECTORS; v++) sums[t][v] = load_fp32(into + t * into_row + v * LANES);       \
+            UNROLL for (int v = 0; v < PAIRS; v++) load_beside(into + t * into_row + v * 2 * LANES, type, sums[t][v]); \
         for (int64_t r = 0; r < ranks; r++)                                                                         \
-            UNROLL for (int v = 0; v < VECTORS; v++) {                                                              \
-                ask_soon(B, r * outputs + at + v * LANES, type);                                                     \
-                const vec b = load(B, r * outputs + at + v * LANES, type);                                          \
-                UNROLL for (int t = 0; t < TOKENS_HERE; t++) sums[t][v] += middle[t * middle_row + r] * b;          \
+            UNROLL for (int v = 0; v < PAIRS; v++) {                                                                \
+                vec b[2];                                                                                           \
+                ask_soon(B, r * outputs + at + v * 2 * LANES, type);                                                 \
+                load_two(B, r * outputs + at + v * 2 * LANES, type, b);                                             \
+                UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                        \
+                    UNROLL for (int half = 0; half < 2; half++) sums[t][v][half] += middle[t * middle_row + r] * b[half]; \
             }                                                                                                       \
         UNROLL for (int t = 0; t < TOKENS_HERE; t++)                                                                \
-            UNROLL for (int v = 0; v < VECTORS; v++) memcpy(into + t * into_row + v * LANES, &sums[t][v], sizeof(vec)); \
+            UNROLL for (int v = 0; v < PAIRS; v++) store_beside(into + t * into_row + v * 2 * LANES, type, sums[t][v]); \
     }
 SPREAD(NAME(spread_1_1), 1, 1)
 SPREAD(NAME(spread_1_4), 1, 4)
-SPREAD(NAME(spread_1_8), 1, 8)
-SPREAD(NAME(spread_4_2), 4, 2)
+SPREAD(NAME(spread_4_1), 4, 1)
 
 #define EXPAND(TYPE)                                                                                                \
     static void NAME(expand_##TYPE)(const float *middle, int64_t row, int64_t tokens, const void *B, int64_t ranks, \
                                      int64_t outputs, int64_t at, int64_t count, float *into, int64_t into_row) {   \
-        const int64_t whole = count / LANES * LANES;                                                                \
+        const int64_t whole = count / (2 * LANES) * (2 * LANES);                                                    \
         int64_t t = 0;                                                                                              \
-        for (; whole % (2 * LANES) == 0 && t + 4 <= tokens; t += 4)                                                 \
+        for (; t + 4 <= tokens; t += 4)                                                                             \
             for (int64_t o = 0; o < whole; o += 2 * LANES)                                                          \
-                NAME(spread_4_2)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
+                NAME(spread_4_1)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
         for (; t < tokens; t++) {                                                                                   \
             int64_t o = 0;                                                                                          \
             for (; o + 8 * LANES <= whole; o += 8 * LANES)                                                          \
-                NAME(spread_1_8)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
-            for (; o + 4 * LANES <= whole; o += 4 * LANES)                                                          \
                 NAME(spread_1_4)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
-            for (; o < whole; o += LANES)                                                                           \
+            for (; o < whole; o += 2 * LANES)                                                                       \
                 NAME(spread_1_1)(middle + t * row, row, B, ranks, outputs, at + o, into + t * into_row + o, into_row, TYPE); \
         }                                                                                                           \
-        for (t = 0; t < tokens && whole < count; t++) {                                                             \
-            vec sums = load_some(into + t * into_row, whole, count - whole, FP32);                                  \
-            for (int64_t r = 0; r < ranks; r++)                                                                     \
-                sums += middle[t * row + r] * load_some(B, r * outputs + at + whole, count - whole, TYPE);          \
-            memcpy(into + t * into_row + whole, &sums, (count - whole) * sizeof(float));                            \
+        for (int64_t o = whole, some; o < count; o += some) {                                                       \
+            some = at_most(LANES, count - o);                                                                       \
+            for (t = 0; t < tokens; t++) {                                                                          \
+                vec sums = load_some(into + t * into_row, o, some, FP32);                                           \
+                for (int64_t r = 0; r < ranks; r++)                                                                 \
+                    sums += middle[t * row + r] * load_some(B, r * outputs + at + o, some, TYPE);                   \
+                memcpy(into + t * into_row + o, &sums, some * sizeof(float));                                       \
+            }                                                                                                       \
         }                                                                                                           \
     }
 EXPAND(FP32)
@@ -659,6 +705,9 @@ ATTEND(BF16)
 #undef bvec
 #undef level
 #undef load_bytes
+#undef store_beside
+#undef load_beside
+#undef load_two
 #undef load_fp8
 #undef load_fp32
 #undef load_bf16
