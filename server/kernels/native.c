@@ -31,6 +31,7 @@
 #define FEW 65536       /* products and sums that one thread does before another has begun */
 #define ABREAST 6       /* tokens whose sums with a panel fit the registers */
 #define DEPTH 1024      /* inputs of a panel that all tokens take before the next: they stay in a cache near by */
+#define WIDE_DEPTH 256  /* inputs of a panel in bytes that are kept in fp32 for the next tokens, in the nearest cache */
 #define PANEL_SOON 2048 /* bytes that a panel is asked for ahead */
 #define WIDENED 65536   /* numbers of a weight that are widened at a time: they stay in a second-level cache */
 
@@ -170,8 +171,8 @@ typedef struct {
     void (*widen_4)(const uint8_t *codes, const float *levels, const float *scales, const float *offsets, int64_t inputs,
                     int64_t group, float *into);
     void (*widen_8)(const uint8_t *codes, float scale, int64_t inputs, float *into);
-    void (*multiply_panel)(const float *x, int64_t x_row, int64_t tokens, const uint32_t *words, int64_t inputs, float *y,
-                           int64_t y_row);
+    void (*multiply_panel[2])(const float *x, int64_t x_row, int64_t tokens, const char *panel, int64_t inputs, float *y,
+                              int64_t y_row);
     int64_t lanes;
 } loops_t;
 
@@ -183,7 +184,8 @@ typedef struct {
         {NAME(add_FP32), NAME(add_BF16)}, {NAME(swiglu_FP32), NAME(swiglu_BF16)}, {NAME(rotate_FP32), NAME(rotate_BF16)}, \
         {NAME(round_FP32), NAME(round_BF16)}, {NAME(scale_FP32), NAME(scale_BF16)}, \
         {NAME(gain_FP32), NAME(gain_BF16)}, {NAME(change_FP32), NAME(change_BF16)}, \
-        NAME(widen_row), NAME(narrow_row), NAME(widen_4), NAME(widen_8), NAME(multiply_panel), sizeof(NAME(vec)) / 4 }
+        NAME(widen_row), NAME(narrow_row), NAME(widen_4), NAME(widen_8), \
+        {NAME(multiply_panel_int8), NAME(multiply_panel_bf16)}, sizeof(NAME(vec)) / 4 }
 #define V4(x) x##_v4
 #define V3(x) x##_v3
 #define ANY(x) x##_any
@@ -667,56 +669,60 @@ int mg_few_bits(const void *x, int64_t x_row, int64_t tokens, void *y, int type,
 /* Whether this processor's vectors are long enough for panels to be worth it: 8 floats or more. */
 int mg_has_panels(void) { return loops()->lanes >= 8; }
 
-/* Numbers of 16 bits that a weight takes in panels. */
+/* Numbers that a weight takes in panels. */
 int64_t mg_panels_size(int64_t outputs, int64_t inputs) {
     const int64_t panel = 2 * loops()->lanes;
     return (outputs + panel - 1) / panel * panel * inputs;
 }
 
-/* A weight (outputs, inputs) in bf16 into panels: see native_panels.h. */
-void mg_panel(const uint16_t *weight, int64_t outputs, int64_t inputs, uint32_t *panels, int threads) {
+/* Where output j of a panel stands among the numbers of an input, which have `size` bytes each. */
+static int64_t place_in_panel(int64_t j, int64_t lanes, int size) { return size == 2 ? j % lanes * 2 + j / lanes : j; }
+
+/* A weight (outputs, inputs) in bf16 or int8, numbers of `size` bytes, into panels: see native_panels.h. */
+void mg_panel(const char *weight, int64_t outputs, int64_t inputs, char *panels, int size, int threads) {
     const int64_t lanes = loops()->lanes, panel = 2 * lanes;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < outputs; o += panel) {
-        uint32_t *const own = panels + o / 2 * inputs;
-        memset(own, 0, panel * inputs * 2);
+        char *const own = panels + o * inputs * size;
+        memset(own, 0, panel * inputs * size);
         for (int64_t j = 0; j < at_most(panel, outputs - o); j++)
             for (int64_t i = 0; i < inputs; i++)
-                own[i * lanes + j % lanes] |= (uint32_t)weight[(o + j) * inputs + i] << (j < lanes ? 0 : 16);
+                memcpy(own + (i * panel + place_in_panel(j, lanes, size)) * size, weight + ((o + j) * inputs + i) * size, size);
     }
 }
 
 /* The weight of mg_panel again. */
-void mg_unpanel(const uint32_t *panels, int64_t outputs, int64_t inputs, uint16_t *weight, int threads) {
+void mg_unpanel(const char *panels, int64_t outputs, int64_t inputs, char *weight, int size, int threads) {
     const int64_t lanes = loops()->lanes, panel = 2 * lanes;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < outputs; o++) {
-        const uint32_t *const own = panels + o / panel * lanes * inputs;
-        const int64_t j = o % panel;
+        const char *const own = panels + o / panel * panel * inputs * size;
         for (int64_t i = 0; i < inputs; i++)
-            weight[o * inputs + i] = (uint16_t)(own[i * lanes + j % lanes] >> (j < lanes ? 0 : 16));
+            memcpy(weight + (o * inputs + i) * size, own + (i * panel + place_in_panel(o % panel, lanes, size)) * size, size);
     }
 }
 
-/* y = W x in fp32 of a weight in panels. x: (tokens, inputs), rows x_row apart; y: (tokens, outputs).
-   Returns 0, or -1 when there is no memory. */
-int mg_multiply_panels(const float *x, int64_t x_row, int64_t tokens, const uint32_t *panels, int64_t inputs,
-                       int64_t outputs, float *y, int threads) {
+/* y = W x in fp32 of a weight in panels. x: (tokens, inputs), rows x_row apart; y: (tokens, outputs), each output times its
+   scale unless `scales` is NULL. Returns 0, or -1 when there is no memory. */
+int mg_multiply_panels(const float *x, int64_t x_row, int64_t tokens, const char *panels, int size, const float *scales,
+                       int64_t inputs, int64_t outputs, float *y, int threads) {
     const loops_t *const fast = loops();
     const int64_t panel = 2 * fast->lanes;
     int failed = 0;
 #pragma omp parallel for num_threads(threads_for(tokens * inputs * outputs, threads)) schedule(static)
     for (int64_t o = 0; o < outputs; o += panel) {
         const int64_t some = at_most(panel, outputs - o);
-        const uint32_t *const own = panels + o / 2 * inputs;
         float *const last = some < panel ? room(tokens * panel) : NULL;
-        if (some == panel) {
-            fast->multiply_panel(x, x_row, tokens, own, inputs, y + o, outputs);
-        } else if (last) {
-            fast->multiply_panel(x, x_row, tokens, own, inputs, last, panel);
-            for (int64_t t = 0; t < tokens; t++) memcpy(y + t * outputs + o, last + t * panel, some * sizeof(float));
-        } else {
+        if (some < panel && !last) {
             failed = -1;
+            continue;
+        }
+        fast->multiply_panel[size - 1](x, x_row, tokens, panels + o * inputs * size, inputs, last ? last : y + o,
+                                       last ? panel : outputs);
+        for (int64_t t = 0; t < tokens; t++) {
+            float *const own = y + t * outputs + o;
+            if (last) memcpy(own, last + t * panel, some * sizeof(float));
+            for (int64_t j = 0; j < some && scales; j++) own[j] *= scales[o + j];
         }
     }
     return failed;

@@ -82,11 +82,12 @@ _SIGNATURES = {
     ),
     "mg_has_panels": (),
     "mg_panels_size": (_INTEGER, _INTEGER),
-    "mg_panel": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),
-    "mg_unpanel": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),
+    "mg_panel": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
+    "mg_unpanel": (_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE, _TYPE),
     "mg_multiply_panels": (
         *(_POINTER, _INTEGER, _INTEGER),  # x
-        *(_POINTER, _INTEGER, _INTEGER, _POINTER, _TYPE),  # panels, inputs, outputs, y
+        *(_POINTER, _TYPE, _POINTER),  # panels, bytes of a number, scales
+        *(_INTEGER, _INTEGER, _POINTER, _TYPE),  # inputs, outputs, y
     ),
     "mg_has_tiles": (),
     "mg_tiled_size": (_INTEGER, _INTEGER),
@@ -415,24 +416,26 @@ def has_panels() -> bool:
 
 
 def panel(weight_OI: Tensor) -> Tensor:
-    """A weight in bf16 in the order in which `multiply_wide` reads it here: it follows from the vectors' length."""
-    assert LIBRARY is not None and weight_OI.dtype == torch.bfloat16
+    """A weight in bf16 or int8 in the order in which `multiply_wide` reads it: it follows from the vectors' length."""
+    assert LIBRARY is not None and weight_OI.dtype in (torch.bfloat16, torch.int8)
     weight_OI = weight_OI.contiguous()
-    panels = pages.take(LIBRARY.mg_panels_size(*weight_OI.shape), torch.bfloat16)
-    LIBRARY.mg_panel(weight_OI.data_ptr(), *weight_OI.shape, panels.data_ptr(), torch.get_num_threads())
+    panels = pages.take(LIBRARY.mg_panels_size(*weight_OI.shape), weight_OI.dtype)
+    size, threads = weight_OI.element_size(), torch.get_num_threads()
+    LIBRARY.mg_panel(weight_OI.data_ptr(), *weight_OI.shape, panels.data_ptr(), size, threads)
     return panels
 
 
 def unpanel(panels: Tensor, outputs: int, inputs: int) -> Tensor:
     """The weight (O, I) of `panel` again."""
     assert LIBRARY is not None
-    weight_OI = torch.empty(outputs, inputs, dtype=torch.bfloat16)
-    LIBRARY.mg_unpanel(panels.data_ptr(), outputs, inputs, weight_OI.data_ptr(), torch.get_num_threads())
+    weight_OI = torch.empty(outputs, inputs, dtype=panels.dtype)
+    size, threads = panels.element_size(), torch.get_num_threads()
+    LIBRARY.mg_unpanel(panels.data_ptr(), outputs, inputs, weight_OI.data_ptr(), size, threads)
     return weight_OI
 
 
-def multiply_wide(x_TI: Tensor, panels: Tensor, outputs: int) -> Tensor:
-    """(T, O): the product in fp32 with a weight of `panel`. Raises: MemoryError."""
+def multiply_wide(x_TI: Tensor, panels: Tensor, outputs: int, scales_O: Tensor | None = None) -> Tensor:
+    """(T, O): the product in fp32 with a weight of `panel`, each output times its scale. Raises: MemoryError."""
     assert LIBRARY is not None and x_TI.dtype == torch.float32
     if x_TI.stride(1) != 1:
         x_TI = x_TI.contiguous()
@@ -443,6 +446,8 @@ def multiply_wide(x_TI: Tensor, panels: Tensor, outputs: int) -> Tensor:
         x_TI.stride(0),
         tokens,
         panels.data_ptr(),
+        panels.element_size(),
+        None if scales_O is None else scales_O.data_ptr(),
         inputs,
         outputs,
         y_TO.data_ptr(),

@@ -6,13 +6,16 @@ typedef uint32_t NAME(uvec) __attribute__((vector_size(LANES * 4)));
 typedef int32_t NAME(ivec) __attribute__((vector_size(LANES * 4)));
 typedef uint16_t NAME(hvec) __attribute__((vector_size(LANES * 2)));
 typedef uint8_t NAME(bvec) __attribute__((vector_size(LANES)));
+typedef int8_t NAME(cvec) __attribute__((vector_size(LANES)));
 #define vec NAME(vec)
 #define uvec NAME(uvec)
 #define ivec NAME(ivec)
 #define hvec NAME(hvec)
 #define bvec NAME(bvec)
+#define cvec NAME(cvec)
 #define level NAME(level)
 #define load_bytes NAME(load_bytes)
+#define load_signed NAME(load_signed)
 #define store_beside NAME(store_beside)
 #define load_beside NAME(load_beside)
 #define load_two NAME(load_two)
@@ -292,6 +295,18 @@ INLINE uvec load_bytes(const uint8_t *p) {
     bvec bytes;
     memcpy(&bytes, p, sizeof bytes);
     return __builtin_convertvector(bytes, uvec);
+#endif
+}
+
+INLINE ivec load_signed(const int8_t *p) {
+#if LANES == 16 && defined(X86)
+    return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p));
+#elif LANES == 8 && defined(X86)
+    return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p));
+#else
+    cvec bytes;
+    memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(bytes, ivec);
 #endif
 }
 
@@ -703,8 +718,10 @@ ATTEND(BF16)
 #undef ivec
 #undef hvec
 #undef bvec
+#undef cvec
 #undef level
 #undef load_bytes
+#undef load_signed
 #undef store_beside
 #undef load_beside
 #undef load_two

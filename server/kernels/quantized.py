@@ -1,9 +1,10 @@
 """Weights of the base in few bits, and their products on a CPU.
 
-`Rows` is int8: a scale per output. Bytes are multiplied by bytes, so activations become bytes, too, with a scale per
-token: a token's answer does not depend on its neighbours. With VNNI or AMX the products are oneDNN's. Other processors
-have FBGEMM's, where products of two bytes are added in 16 bits, which saturate: weights then keep to 7 bits
-(255 * 63 * 2 < 2^15), not activations, whose range the outliers set (docs/bases.md has the figures of both).
+`Rows` is int8: a scale per output. With AMX or VNNI bytes are multiplied by bytes, so activations become bytes, too,
+with a scale per token: a token's answer does not depend on its neighbours. On other processors weights are widened in
+registers (native_panels.h), and activations stay as they are. Where our kernels are not built there is FBGEMM, whose
+products of two bytes are added in 16 bits, which saturate: weights then keep to 7 bits (255 * 63 * 2 < 2^15), not
+activations, whose range the outliers set (docs/bases.md has the figures of both).
 
 `Coded` has a table of 16 levels (NF4; 0 to 15 for GPTQ and AWQ), and scales, with offsets where zero is no level, for
 groups of inputs; or float8 numbers and a scale per output. Activations stay as they are: a few outputs' weights are
@@ -65,6 +66,8 @@ class Rows:
         return self.codes_OI.float().mul_(self.scales_O[:, None])
 
     def reference(self, x: Tensor) -> Tensor:
+        if in_panels():
+            return F.linear(x.float(), self.weight()).to(x.dtype)
         scaled, scales = _scaled(x)
         return F.linear(scaled.round_() * scales, self.weight()).to(x.dtype)
 
@@ -78,6 +81,8 @@ class Rows:
             return Int8Tiled(whole)
         if has_ordered_bytes():
             return Int8Ordered(whole)
+        if in_panels():
+            return Int8Panels(whole)
         return Int8(whole) if has_fbgemm() else Int8Plain(whole)
 
 
@@ -86,13 +91,18 @@ def has_ordered_bytes() -> bool:
     return native.LIBRARY is not None and torch.cpu._is_vnni_supported()
 
 
+def in_panels() -> bool:
+    """Whether bytes are widened here, and activations not rounded."""
+    return native.has_panels() and not native.has_tiles() and not has_ordered_bytes()
+
+
 def has_fbgemm() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def largest_code() -> int:
     """Of an int8 weight on this machine."""
-    return SEVEN_BITS if has_fbgemm() and not torch.cpu._is_vnni_supported() else BYTE
+    return SEVEN_BITS if has_fbgemm() and not torch.cpu._is_vnni_supported() and not native.has_panels() else BYTE
 
 
 def round_rows(weight_OI: Tensor, largest: int) -> Rows:
@@ -144,6 +154,24 @@ class Int8Ordered:
     def weight(self) -> Tensor:
         codes_IO: Tensor = self._packed.to_dense()
         return codes_IO.t().float() * self._scales_O[:, None]
+
+
+class Int8Panels:
+    """Bytes in memory, fp32 in the product: activations are not rounded."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._inputs = rows.codes_OI.shape[1]
+        self._panels = native.panel(rows.codes_OI)
+        self._scales_O = rows.scales_O.contiguous()
+        self.bytes = self._panels.nbytes + self._scales_O.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1]).float()
+        y_TO = native.multiply_wide(x_TI, self._panels, len(self._scales_O), self._scales_O)
+        return y_TO.to(x.dtype).view(*x.shape[:-1], y_TO.shape[1])
+
+    def weight(self) -> Tensor:
+        return native.unpanel(self._panels, len(self._scales_O), self._inputs).float() * self._scales_O[:, None]
 
 
 class Int8:

@@ -20,7 +20,7 @@ from server.kernels.adapted import Adapted
 from server.kernels.gathered import Gathered
 from server.kernels.native import MEMBERS
 from server.kernels.products import Panels, Plain, Product, Tiled, fastest
-from server.kernels.quantized import Held, Int8Tiled
+from server.kernels.quantized import Held, Int8Panels, Int8Tiled
 from server.model.norms import NativeNorm, Unit, embedding_factor, fast_norm, norm_shape, prove_norm
 from server.model.weights import Stock
 from server.primitives.gates import Gates
@@ -36,6 +36,7 @@ from server.primitives.site import (
 )
 
 GatesOf = Callable[[Active], Gates | None]
+BATCH_INVARIANT = (Tiled, Int8Tiled, Panels, Int8Panels)  # a row's answer is the same to the bit in any company
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +171,10 @@ class Joint:
         return [y_TO] if len(self.members) == 1 else list(torch.split_with_sizes(y_TO, self._widths, 1))
 
     def _multiply(self, x_TI: Tensor, gates: Gates) -> Tensor:
-        """W x, or W x' of the members and tokens whose input adapters change.
-
-        In one product where a row's answer is the same to the bit in any company.
-        """
+        """W x, or W x' of the members and tokens whose input adapters change: at once where that changes no row."""
         changed = self._changed_inputs(x_TI, gates)
         inputs = [one.x_nI for one in changed.values()]
-        if changed and isinstance(self.product, Tiled | Int8Tiled | Panels):
+        if changed and isinstance(self.product, BATCH_INVARIANT):
             y_TO, *made = self.product(torch.cat([x_TI, *inputs])).split([len(x_TI), *map(len, inputs)])
         else:
             y_TO, made = self.product(x_TI), [self.product(x_nI) for x_nI in inputs]

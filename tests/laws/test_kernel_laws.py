@@ -19,6 +19,7 @@ from server.kernels import native, pages
 from server.kernels.changes import Change, Changes, ChangeTable, SiteChange, tabulate_changes
 from server.kernels.gathered import Gathered, Row, Runs, Term, tabulate
 from server.kernels.products import HALF_STEP, Half, Ordered, Panels, Plain, Tiled, fastest, fits_half
+from server.kernels.quantized import BYTE, Int8Panels, round_rows
 from server.model.attention import AttentionPlan, decode_gathered, decode_in_place
 from server.model.kv import KvCache
 from server.primitives import bias, gain, rotate, scale
@@ -211,21 +212,25 @@ def test_the_packed_products_are_the_plain_one(seed: int, tokens: int, inputs: i
 @given(
     seed=st.integers(0, 2**31),
     tokens=st.integers(1, 40),
-    inputs=st.sampled_from([1, 33, 1024, 1025, 1100]),
+    inputs=st.sampled_from([1, 33, 256, 257, 1024, 1025, 1100]),
     outputs=st.sampled_from([1, 16, 40, 129]),
     threads=st.sampled_from([1, 2]),
+    in_bytes=st.booleans(),
 )
 def test_panels_are_the_plain_product_and_tokens_do_not_meet(
-    seed: int, tokens: int, inputs: int, outputs: int, threads: int
+    seed: int, tokens: int, inputs: int, outputs: int, threads: int, in_bytes: bool
 ) -> None:
-    """Inputs around DEPTH, whole panels and a last one that is not, rows that lie apart."""
+    """Inputs around DEPTH and WIDE_DEPTH, whole panels and a last one that is not, rows that lie apart."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, inputs + 3, generator=generator)[:, 2:-1]
     weight = torch.randn(outputs, inputs, generator=generator).bfloat16()
+    rows = round_rows(weight, BYTE)
+    if in_bytes:
+        weight = rows.weight()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        panels = Panels(weight)
+        panels = Int8Panels(rows) if in_bytes else Panels(weight)
         made = panels(x)
         alone = torch.cat([panels(row) for row in x.split(1)])
         plain = F.linear(x.double(), weight.double()).float()

@@ -9,17 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.kernels import native
+from server.kernels.products import Product
 from server.kernels.quantized import (
     BYTE,
     SEVEN_BITS,
     Coded,
     Int8,
     Int8Ordered,
+    Int8Panels,
     Int8Plain,
     Int8Tiled,
     Rows,
     has_fbgemm,
     has_ordered_bytes,
+    in_panels,
     largest_code,
     multiply_by_tiles,
     pack,
@@ -30,14 +33,20 @@ from server.kernels.quantized import (
 
 CLOSE = 1e-5  # of the sum of magnitudes, in fp32
 BETWEEN = 2.0**-14  # FBGEMM adds 128 before it rounds, in fp32
-Bytes = type[Int8] | type[Int8Ordered] | type[Int8Tiled] | type[Int8Plain]
+Bytes = type[Int8] | type[Int8Ordered] | type[Int8Tiled] | type[Int8Panels] | type[Int8Plain]
 
 
 def int8_kinds() -> list[Bytes]:
     fast: list[Bytes] = [Int8] if has_fbgemm() else []
     fast += [Int8Ordered] if has_ordered_bytes() else []
     fast += [Int8Tiled] if native.LIBRARY is not None else []  # where there is no matrix unit by its plain loop
+    fast += [Int8Panels] if native.has_panels() else []
     return [*fast, Int8Plain]
+
+
+def largest_of(kind: type[Product]) -> int:
+    """Of its codes here: FBGEMM has a bit less to add in where there is no VNNI."""
+    return SEVEN_BITS if kind is Int8 and not torch.cpu._is_vnni_supported() else BYTE
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,29 +63,35 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     inputs=st.sampled_from([1, 16, 33, 128, 897]),
     outputs=st.lists(st.sampled_from([1, 8, 40, 129]), min_size=1, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    largest=st.sampled_from([SEVEN_BITS, BYTE]),
 )
-def test_int8_is_the_dense_product_of_rounded_tokens(
-    seed: int, tokens: int, inputs: int, outputs: list[int], dtype: torch.dtype
+def test_int8_is_the_dense_product_of_rounded_tokens_or_of_tokens_as_they_are(
+    seed: int, tokens: int, inputs: int, outputs: list[int], dtype: torch.dtype, largest: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(wide, inputs, generator=generator) for wide in outputs]
-    held = [round_rows(weight, largest_code()) for weight in weights]
+    held = [round_rows(weight, largest) for weight in weights]
     x = (torch.randn(tokens, inputs, generator=generator) * 10).to(dtype)
     dense = torch.cat([part.weight() for part in held])
-    step = torch.cat(weights).abs().amax(1, keepdim=True) / largest_code()
+    step = torch.cat(weights).abs().amax(1, keepdim=True) / largest
     assert ((dense - torch.cat(weights)).abs() <= step * 0.5001).all()
     codes_TI, doubt = rounded(x)
-    wanted = codes_TI.double() @ dense.double().t()
     magnitudes = dense.abs().double().t()
     rough = CLOSE if dtype == torch.float32 else 2.0**-8
-    room = rough * (x.float().abs().double() @ magnitudes + 1e-6) + doubt.double() @ magnitudes
+    exact_room = rough * (x.float().abs().double() @ magnitudes + 1e-6)
+    exact = x.double() @ dense.double().t(), exact_room
+    by_bytes = codes_TI.double() @ dense.double().t(), exact_room + doubt.double() @ magnitudes
     whole = Rows(torch.cat([part.codes_OI for part in held]), torch.cat([part.scales_O for part in held]))
-    for kind in int8_kinds() if native.fits_tiles(inputs, torch.int8) else set(int8_kinds()) - {Int8Tiled}:
+    for kind in int8_kinds():
+        if largest > largest_of(kind) or (kind is Int8Tiled and not native.fits_tiles(inputs, torch.int8)):
+            continue
         product = kind(whole)
         assert torch.equal(product.weight(), dense)
         y = product(x)
+        wanted, room = exact if kind is Int8Panels else by_bytes
         assert y.dtype == dtype and y.shape == wanted.shape
         assert ((y.double() - wanted).abs() <= room).all()
+    wanted, room = exact if in_panels() else by_bytes
     assert ((whole.reference(x).double() - wanted).abs() <= room).all()
     joint = held[0].product(held[1:])
     assert torch.equal(joint.weight(), dense) and joint.bytes >= dense.numel()
@@ -85,19 +100,25 @@ def test_int8_is_the_dense_product_of_rounded_tokens(
 @pytest.mark.parametrize("kind", int8_kinds())
 def test_sums_of_the_largest_codes_do_not_saturate(kind: Bytes) -> None:
     """Each product of two bytes is as large as it gets; the plain products cannot overflow."""
-    largest = largest_code()
+    largest = largest_of(kind)
     rows = Rows(torch.full((16, 512), largest, dtype=torch.int8), torch.ones(16))
     for sign in (1, -1):
         x = torch.full((5, 512), 3.0 * sign)
-        assert torch.equal(kind(rows)(x), Int8Plain(rows)(x))
+        assert kind is Int8Panels or torch.equal(kind(rows)(x), Int8Plain(rows)(x))
         torch.testing.assert_close(kind(rows)(x), torch.full((5, 16), 3.0 * sign * 512 * largest))
-    assert largest in (SEVEN_BITS, BYTE)
+
+
+def test_the_largest_code_is_that_of_the_product_which_is_chosen_here() -> None:
+    rows = round_rows(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), largest_code())
+    kind = type(rows.product([]))
+    assert largest_code() == largest_of(kind)
+    assert in_panels() == (kind is Int8Panels)
 
 
 @pytest.mark.parametrize("kind", int8_kinds())
 def test_a_token_does_not_depend_on_its_neighbours_whatever_they_are(kind: Bytes) -> None:
     generator = torch.Generator().manual_seed(3)
-    product = kind(round_rows(torch.randn(40, 64, generator=generator), largest_code()))
+    product = kind(round_rows(torch.randn(40, 64, generator=generator), largest_of(kind)))
     x = torch.randn(6, 64, generator=generator)
     alone = product(x[2:3])
     for neighbour in (0.0, 1e30, float("inf"), float("nan")):

@@ -15,9 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from server.adapters.bank import Bank
 from server.config import ModelConfig
 from server.kernels import native
-from server.kernels.quantized import BYTE
 from server.model import decode, fused
-from server.model import quantize as quantizing
 from server.model.attention import AttentionPlan, Span
 from server.model.decode import Decode
 from server.model.load import load_network
@@ -196,7 +194,6 @@ def mixed(network: Network, seed: int) -> Graft:
 def pretend_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor with a matrix unit: where there is none, its products run by their plain loop."""
     monkeypatch.setattr(native, "has_tiles", lambda: True)
-    monkeypatch.setattr(quantizing, "largest_code", lambda: BYTE)
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
