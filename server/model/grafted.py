@@ -173,6 +173,10 @@ class Joint:
     def _multiply(self, x_TI: Tensor, gates: Gates) -> Tensor:
         """W x, or W x' of the members and tokens whose input adapters change: at once where that changes no row."""
         changed = self._changed_inputs(x_TI, gates)
+        if len(self.members) == 1:  # nobody else reads what those tokens had
+            for one in changed.values():
+                x_TI = x_TI.index_copy(0, one.tokens_n, one.x_nI)
+            return self.product(x_TI)
         inputs = [one.x_nI for one in changed.values()]
         if changed and isinstance(self.product, BATCH_INVARIANT):
             y_TO, *made = self.product(torch.cat([x_TI, *inputs])).split([len(x_TI), *map(len, inputs)])
