@@ -1,7 +1,7 @@
-"""A product in tiles and all that a step's adapters do at its Linears, in one native call.
+"""A product of our own and all that a step's adapters do at its Linears, in one native call.
 
 What it gives is what the product, `server.kernels.changes` and `server.kernels.gathered` give one after the other, but
-that the low-rank terms of many neighbouring tokens are added before the product is rounded.
+that in tiles the low-rank terms of many neighbouring tokens are added before the product is rounded.
 
 T tokens, I in, O out, M Linears that read the same input.
 """
@@ -18,14 +18,14 @@ from torch import Tensor
 from server.kernels import native
 from server.kernels.gathered import Gathered, Runs
 from server.kernels.native import LIBRARY
-from server.kernels.products import Tiled
-from server.kernels.quantized import SMALLEST, Int8Tiled
+from server.kernels.products import Panels, Tiled
+from server.kernels.quantized import SMALLEST, Int8Panels, Int8Tiled
 
 # As weight_t and adapters_t in native_adapted.h.
 WEIGHT = np.dtype(
     [
         ("weight", "u8"),
-        ("coded", "i8"),
+        ("form", "i8"),
         *((name, "u8") for name in ("scales", "sums")),
         *((name, "i8") for name in ("group", "first")),
     ]
@@ -41,36 +41,51 @@ ADAPTERS = np.dtype(
     ]
 )
 
+TILED, CODED, IN_PANELS = range(3)
+
 Entry = tuple[int, ...]
+Native = Tiled | Int8Tiled | Panels | Int8Panels  # a row's answer is the same to the bit in any company
 
 
-def weight_entry(product: Tiled | Int8Tiled, group: int, number: int) -> Entry:
+def activations_of(product: Native) -> torch.dtype:
+    """Those that the native calls here take."""
+    return torch.bfloat16 if isinstance(product, Tiled | Int8Tiled) else torch.float32
+
+
+def weight_entry(product: Native, group: int, number: int) -> Entry:
     """As WEIGHT. `number` is that of the first Linear."""
-    if isinstance(product, Tiled):
-        return product.packed.data_ptr(), native.is_coded(product.packed), 0, 0, group, number
-    return product.packed.data_ptr(), 0, product.scales_O.data_ptr(), product.sums_O.data_ptr(), group, number
+    scales = sums = 0
+    form = TILED if isinstance(product, Tiled | Int8Tiled) else IN_PANELS
+    if isinstance(product, Tiled) and native.is_coded(product.packed):
+        form = CODED
+    if isinstance(product, Int8Tiled | Int8Panels):
+        scales = product.scales_O.data_ptr()
+    if isinstance(product, Int8Tiled):
+        sums = product.sums_O.data_ptr()
+    return product.packed.data_ptr(), form, scales, sums, group, number
 
 
-def adapters_entry(tokens: int, gathered: Gathered | None, runs: Runs | None) -> Entry:
-    """As ADAPTERS."""
+def adapters_entry(tokens: int, gathered: Gathered | None, runs: Runs | None, dtype: torch.dtype) -> Entry:
+    """As ADAPTERS. `dtype` is the activations'."""
     if gathered is None or runs is None:
         return tokens, 0, 0, 0, 0, 0, 0, 0
-    sites = 0 if gathered.changes is None else gathered.changes.address
+    sites = 0 if gathered.changes is None else gathered.changes.address(dtype)
     return tokens, *runs.places, *gathered.places, sites
 
 
 class Adapted:
     """The product of M Linears, whose outputs are its columns from `firsts` on, and behind them their number."""
 
-    def __init__(self, product: Tiled | Int8Tiled, group: int, number: int, firsts: Sequence[int]) -> None:
+    def __init__(self, product: Native, group: int, number: int, firsts: Sequence[int]) -> None:
         self._product = product  # its weight is read
+        self.dtype = activations_of(product)
         self._weight = np.array([weight_entry(product, group, number)], WEIGHT)
         self._firsts: npt.NDArray[np.int64] = np.array(firsts)
         self._members = len(firsts) - 1
 
     def __call__(self, x_TI: Tensor, gathered: Gathered, runs: Runs) -> Tensor:
-        """y (T, O). x is in bf16. Raises: MemoryError."""
-        assert LIBRARY is not None and x_TI.dtype == torch.bfloat16
+        """y (T, O). x is of `dtype`. Raises: MemoryError."""
+        assert LIBRARY is not None and x_TI.dtype == self.dtype
         tokens, inputs = x_TI.shape
         rows, changed_TI = tokens, x_TI.new_empty(0)
         x_TI = x_TI.contiguous()
@@ -81,7 +96,7 @@ class Adapted:
             x_TI = torch.cat([x_TI, x_TI.new_empty(rows - tokens, inputs)])
         y_TO = x_TI.new_empty(rows, int(self._firsts[-1]))
         spare = torch.empty(rows * (inputs + 4), dtype=torch.uint8)
-        step = np.array([adapters_entry(tokens, gathered, runs)], ADAPTERS)
+        step = np.array([adapters_entry(tokens, gathered, runs, self.dtype)], ADAPTERS)
         failed = LIBRARY.mg_multiply_with_adapters(
             step.ctypes.data,
             x_TI.data_ptr(),

@@ -95,9 +95,9 @@ class Changes:
         self._behind_J = np.any([table.behind_J for _, table in known], axis=0)
         self._gain_J = np.any([table.gain_J for _, table in known], axis=0)
 
-    @property
-    def address(self) -> int:
-        """Where the addresses of the tables lie, column by column."""
+    def address(self, dtype: torch.dtype) -> int:
+        """Where the addresses of the tables lie, column by column. All numbers have the activations' `dtype`."""
+        assert self._dtypes <= {dtype}
         return self._held.ctypes.data
 
     def columns_before(self, number: int) -> tuple[int, ...]:
@@ -124,7 +124,7 @@ class Changes:
         eps: float,
     ) -> None:
         """y, where it is: what an RMSNorm gives for x, which both lie side by side. Raises: MemoryError."""
-        assert LIBRARY is not None and x_TF.is_contiguous() and y_TF.is_contiguous() and self._dtypes <= {x_TF.dtype}
+        assert LIBRARY is not None and x_TF.is_contiguous() and y_TF.is_contiguous()
         if not self._gain_J[number]:
             return
         failed = LIBRARY.mg_gain(
@@ -136,7 +136,7 @@ class Changes:
             y_TF.data_ptr(),
             TYPES[x_TF.dtype],
             *runs,
-            self.address,
+            self.address(x_TF.dtype),
             number,
             torch.get_num_threads(),
         )
@@ -144,14 +144,14 @@ class Changes:
             raise MemoryError(f"no memory for a norm of {x_TF.shape[1]} features")
 
     def _change(self, number: int, x_TF: Tensor, runs: tuple[int, int, int], *, behind: bool) -> None:
-        assert LIBRARY is not None and x_TF.stride(1) == 1 and self._dtypes <= {x_TF.dtype}
+        assert LIBRARY is not None and x_TF.stride(1) == 1
         failed = LIBRARY.mg_change(
             x_TF.data_ptr(),
             x_TF.stride(0),
             x_TF.shape[1],
             TYPES[x_TF.dtype],
             *runs,
-            self.address,
+            self.address(x_TF.dtype),
             number,
             behind,
             torch.get_num_threads(),

@@ -114,16 +114,16 @@ class Panels:
 
     def __init__(self, weight_OI: Tensor) -> None:
         self._outputs, self._inputs = weight_OI.shape
-        self._panels = native.panel(weight_OI)
-        self.bytes = self._panels.nbytes
+        self.packed = native.panel(weight_OI)
+        self.bytes = self.packed.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() == 2:
-            return native.multiply_wide(x, self._panels, self._outputs)
+            return native.multiply_wide(x, self.packed, self._outputs)
         return self(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self._outputs)
 
     def weight(self) -> Tensor:
-        return native.unpanel(self._panels, self._outputs, self._inputs).float()
+        return native.unpanel(self.packed, self._outputs, self._inputs).float()
 
 
 class Half:

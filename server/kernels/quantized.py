@@ -161,17 +161,17 @@ class Int8Panels:
 
     def __init__(self, rows: Rows) -> None:
         self._inputs = rows.codes_OI.shape[1]
-        self._panels = native.panel(rows.codes_OI)
-        self._scales_O = rows.scales_O.contiguous()
-        self.bytes = self._panels.nbytes + self._scales_O.nbytes
+        self.packed = native.panel(rows.codes_OI)
+        self.scales_O = rows.scales_O.contiguous()
+        self.bytes = self.packed.nbytes + self.scales_O.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1]).float()
-        y_TO = native.multiply_wide(x_TI, self._panels, len(self._scales_O), self._scales_O)
+        y_TO = native.multiply_wide(x_TI, self.packed, len(self.scales_O), self.scales_O)
         return y_TO.to(x.dtype).view(*x.shape[:-1], y_TO.shape[1])
 
     def weight(self) -> Tensor:
-        return native.unpanel(self._panels, len(self._scales_O), self._inputs).float() * self._scales_O[:, None]
+        return native.unpanel(self.packed, len(self.scales_O), self._inputs).float() * self.scales_O[:, None]
 
 
 class Int8:

@@ -1,10 +1,10 @@
 """All layers of a step as one native call: of decodes, and of prompts that are short.
 
 So a step costs its products and its attention, and no interpreter between them. It is for decoders that are native
-altogether (`server.model.fused`), whose products are in tiles, and for adapters that native functions know: low-rank
-terms, and what `server.kernels.changes` has. Everything else goes through the layers one by one, which are its plain
-loop. Every token of a prompt is attended as if it were decoded; where there are many, or they see much, torch's
-attention is faster.
+altogether (`server.model.fused`), whose products are in tiles or in panels, and for adapters that native functions
+know: low-rank terms, and what `server.kernels.changes` has. Everything else goes through the layers one by one, which
+are its plain loop. Every token of a prompt is attended as if it were decoded; where there are many, or they see much,
+torch's attention is faster.
 
 T tokens, E features, H query heads, K KV heads, D head dimension, F inner features.
 """
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from server.kernels import native
-from server.kernels.adapted import ADAPTERS, WEIGHT, adapters_entry, weight_entry
-from server.kernels.products import Tiled
-from server.kernels.quantized import SMALLEST, Int8Tiled
+from server.kernels.adapted import ADAPTERS, WEIGHT, Native, activations_of, adapters_entry, weight_entry
+from server.kernels.quantized import SMALLEST
 from server.model.attention import AttentionPlan
 from server.model.grafted import GraftedNorm, Joint, check_count
 from server.model.kv import KvCache
@@ -81,7 +80,8 @@ class Decode:
         for row, layer in zip(self._table, layers, strict=True):
             for name, joint in zip(PRODUCTS, _joints(layer), strict=True):
                 product = joint.product
-                assert isinstance(product, Tiled | Int8Tiled)
+                assert isinstance(product, Native)
+                self._dtype = activations_of(product)
                 row[name] = weight_entry(product, joint.group, joint.members[0].number)
             for name, norm in (("before", layer.before), ("behind", layer.behind)):
                 assert norm.fast is not None and norm.number is not None
@@ -107,10 +107,10 @@ class Decode:
     ) -> tuple[Tensor, Tensor]:
         """What the last MLP adds to the stream, and the stream, which has all else by then: of the wanted tokens alone.
 
-        bf16. The stream given is worked in. Raises: MemoryError.
+        The stream given, of the type that the products take, is worked in. Raises: MemoryError.
         """
         assert native.LIBRARY is not None
-        assert stream_TE.is_contiguous() and stream_TE.dtype == torch.bfloat16
+        assert stream_TE.is_contiguous() and stream_TE.dtype == self._dtype
         tokens, features = stream_TE.shape
         cos_TR, sin_TR = rotation[0][0], rotation[1][0]
         lengths_T, blocks_TN = _as_decodes(plan)
@@ -123,8 +123,8 @@ class Decode:
         count = tokens if wanted_R is None else len(wanted_R)
         last = gates if wanted_R is None else self._active.wanted_gates
         self._step[0] = (
-            adapters_entry(tokens, gathered, None if gates is None else gates.runs),
-            adapters_entry(count, gathered, None if last is None else last.runs),
+            adapters_entry(tokens, gathered, None if gates is None else gates.runs, self._dtype),
+            adapters_entry(count, gathered, None if last is None else last.runs, self._dtype),
             0 if wanted_R is None else wanted_R.data_ptr(),
             *(features, self._heads, kv_heads, dim, self._inner),
             *(cos_TR.data_ptr(), sin_TR.data_ptr(), cos_TR.shape[1]),
@@ -132,10 +132,10 @@ class Decode:
             *(rows, blocks_TN.shape[1], plan.cache.block_size, self._layers[0].scale, SMALLEST),
         )
         query = self._heads * dim
-        by_row = features + query + 2 * kv_heads * dim + 2 * self._inner + max(features, query, self._inner) // 2 + 3
-        work = torch.empty(
-            most * by_row + tokens * (query + self._inner + max(query, self._inner)), dtype=torch.bfloat16
-        )
+        by_row = features + query + 2 * kv_heads * dim + 2 * self._inner
+        numbers = most * by_row + tokens * (query + self._inner + max(query, self._inner))
+        spare = most * (4 + max(features, query, self._inner))
+        work = torch.empty(numbers * self._dtype.itemsize + spare, dtype=torch.uint8)
         pending_TE = torch.empty_like(stream_TE)
         failed = native.LIBRARY.mg_decode(
             self._step.ctypes.data,
@@ -179,18 +179,19 @@ def _as_decodes(plan: AttentionPlan) -> tuple[Tensor, Tensor]:
 
 
 def fits(layers: Sequence[Parts]) -> bool:
-    """Whether these layers are of one shape, in bf16, their products in tiles, and without biases but for the first."""
+    """Whether these layers are of one shape and type, their products ours, and without biases but for the first."""
     shapes = {
         (*(joint.members[-1].end for joint in _joints(layer)), layer.qkv.members[0].end, layer.dim, layer.scale)
         for layer in layers
     }
-    return len(shapes) == 1 and all(
-        all(isinstance(joint.product, Tiled | Int8Tiled) for joint in _joints(layer))
-        and layer.o.bias is None
+    products = [joint.product for layer in layers for joint in _joints(layer)]
+    types = {activations_of(product) if isinstance(product, Native) else None for product in products}
+    return len(shapes) == len(types) == 1 and all(
+        layer.o.bias is None
         and layer.gate_up.bias is None
         and layer.down.bias is None
         and all(
-            isinstance(norm.fast, NativeNorm) and norm.fast.weight_F.dtype == torch.bfloat16 and norm.number is not None
+            isinstance(norm.fast, NativeNorm) and norm.fast.weight_F.dtype in types and norm.number is not None
             for norm in (layer.before, layer.behind)
         )
         for layer in layers

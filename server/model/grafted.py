@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from server.kernels.adapted import Adapted
+from server.kernels.adapted import Adapted, Native
 from server.kernels.gathered import Gathered
 from server.kernels.native import MEMBERS
-from server.kernels.products import Panels, Plain, Product, Tiled, fastest
-from server.kernels.quantized import Held, Int8Panels, Int8Tiled
+from server.kernels.products import Plain, Product, fastest
+from server.kernels.quantized import Held
 from server.model.norms import NativeNorm, Unit, embedding_factor, fast_norm, norm_shape, prove_norm
 from server.model.weights import Stock
 from server.primitives.gates import Gates
@@ -36,7 +36,6 @@ from server.primitives.site import (
 )
 
 GatesOf = Callable[[Active], Gates | None]
-BATCH_INVARIANT = (Tiled, Int8Tiled, Panels, Int8Panels)  # a row's answer is the same to the bit in any company
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ class Joint:
         self._widths = [member.end - member.first for member in members]
         self._firsts = [member.first for member in members]
         self._adapted = None
-        if isinstance(product, Tiled | Int8Tiled):
+        if isinstance(product, Native):
             self._adapted = Adapted(product, group, members[0].number, [*self._firsts, members[-1].end])
         self._x: Tensor | None = None
         self._ready: dict[int, Tensor] = {}
@@ -153,7 +152,7 @@ class Joint:
         if gathered is None:
             return self._multiply(x_TI, gates)
         check_count(self.members[0].name, x_TI.shape[0], gates)
-        if self._adapted is not None and x_TI.dtype == torch.bfloat16:
+        if self._adapted is not None and x_TI.dtype == self._adapted.dtype:
             return self._adapted(x_TI, gathered, gates.runs)
         return self._in_passes(x_TI, gates, gathered)
 
@@ -178,7 +177,7 @@ class Joint:
                 x_TI = x_TI.index_copy(0, one.tokens_n, one.x_nI)
             return self.product(x_TI)
         inputs = [one.x_nI for one in changed.values()]
-        if changed and isinstance(self.product, BATCH_INVARIANT):
+        if changed and isinstance(self.product, Native):
             y_TO, *made = self.product(torch.cat([x_TI, *inputs])).split([len(x_TI), *map(len, inputs)])
         else:
             y_TO, made = self.product(x_TI), [self.product(x_nI) for x_nI in inputs]

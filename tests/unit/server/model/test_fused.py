@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from server.adapters.bank import Bank
 from server.config import ModelConfig
-from server.kernels import native
+from server.kernels import native, quantized
 from server.model import decode, fused
 from server.model.attention import AttentionPlan, Span
 from server.model.decode import Decode
@@ -49,13 +49,13 @@ BF16_CLOSE = 6e-2  # of the largest logit, as at load
 pytestmark = pytest.mark.skipif(native.LIBRARY is None, reason="no C compiler was at hand when this was installed")
 
 
-def saved(architecture: str, folder: Path, **options: Any) -> nn.Module:
+def saved(architecture: str, folder: Path, stored: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     stock: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**{**SMALL, **options})).eval()
     for parameter in stock.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
-    stock.save_pretrained(folder)
+    stock.to(stored).save_pretrained(folder)
     network: nn.Module = stock
     return network
 
@@ -171,7 +171,7 @@ def mixed(network: Network, seed: int) -> Graft:
     generator = torch.Generator().manual_seed(seed)
 
     def small(*shape: int) -> Tensor:
-        return (torch.randn(*shape, generator=generator) / 4).bfloat16()
+        return (torch.randn(*shape, generator=generator) / 4).to(network.facts.dtype)
 
     def turn(features: int) -> Rotate:
         return Rotate(small(features // 16, 16, 16))
@@ -196,16 +196,27 @@ def pretend_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "has_tiles", lambda: True)
 
 
+def pretend_no_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that has neither a matrix unit nor products of bytes in 32 bits."""
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    monkeypatch.setattr(quantized, "has_ordered_bytes", lambda: False)
+
+
+FORMS = {"tiles": ("bfloat16", pretend_tiles), "panels": ("float32", pretend_no_bytes)}
+
+
 @pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("form", FORMS if native.has_panels() else ["tiles"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
-    architecture: str, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str, form: str, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, and what stands in the cache afterwards."""
     options = {**KNOWN[architecture], **TILED, "attention_bias": False}
-    saved(architecture, tmp_path, **options)
-    pretend_tiles(monkeypatch)
-    network = load_network(ModelConfig("tiny", dtype="bfloat16", quantize=quantize), tmp_path, name="tiny")
+    saved(architecture, tmp_path, torch.bfloat16, **options)
+    dtype, pretend = FORMS[form]
+    pretend(monkeypatch)
+    network = load_network(ModelConfig("tiny", dtype=dtype, quantize=quantize), tmp_path, name="tiny")
     lengths = [9, 1, 17, 30]
     cases: list[tuple[list[Run], list[Graft]]] = [
         ([], []),
