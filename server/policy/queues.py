@@ -2,8 +2,9 @@
 
 A queue holds the requests of one adapter or mixture. Its service is what has been computed for it, in tokens over its
 weight; the queue that has had least goes next, and within a queue the first that came. A queue that had nothing to ask
-for is owed nothing for that time but `CREDIT`, so that a rare request goes ahead of a flood at once. A turn is finished
-before an equal queue's begins: their prompts are computed one after the other, not all at the same slow pace.
+for is owed nothing for that time but `CREDIT`, so that a rare request goes ahead of a flood at once; what a queue had
+while nobody else asked is not held against it. A turn is finished before an equal queue's begins: their prompts are
+computed one after the other, not all at the same slow pace.
 Laws: one queue alone is strictly first come, first served; a queue that waits is passed over by at most `PATIENCE`
 admissions and one for each other queue that waits; no operation looks at every waiting request or queue.
 Source: Goyal, Vin, Cheng 1996 (start-time fair queueing); Sheng et al. 2024 (arXiv:2401.00588).
@@ -182,7 +183,7 @@ class Queues(Generic[R]):
         """It has no request: remember what it has had for a while."""
         queue.tag, queue.turn = queue.served, 0.0
         if not self.waiting:
-            self._clock = max(self._clock, queue.tag)
+            self._clock = max(self._clock, queue.tag + (0 if self.running else CREDIT))
         self._advance()
         self._idle[queue.name] = None
         if len(self._idle) > MAX_IDLE:

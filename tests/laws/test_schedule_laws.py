@@ -232,15 +232,24 @@ def test_one_queue_alone_is_served_first_come_first_served(
     prompt=st.integers(16, 128),
     before=st.integers(1, 60),
     blocks=st.integers(330, 2000),
+    alone=st.integers(0, 8),
 )
 @settings(max_examples=80, deadline=None)
 def test_a_rare_requests_prompt_has_every_step_to_itself_under_a_flood(
-    flood: list[tuple[int, int]], length: int, running: int, prompt: int, before: int, blocks: int
+    flood: list[tuple[int, int]], length: int, running: int, prompt: int, before: int, blocks: int, alone: int
 ) -> None:
-    """Also when the flood holds every place in the batch and, but for a few blocks, the whole KV cache."""
+    """Also when the flood holds every place in the batch and, but for a few blocks, the whole KV cache.
+
+    If its adapter was served while nobody else asked for anything, the flood may have one turn before.
+    """
     scheduler = Scheduler(
         BlockPool(blocks), block_size=BLOCK_SIZE, max_batch_tokens=256, max_running=running, prompt_tokens=prompt
     )
+    scheduler.add(Sequence(-1, [0], 1, 1, queue="hot"))
+    list(run_out(scheduler))
+    for id_ in range(alone):
+        scheduler.add(Sequence(1000 + id_, [0] * TURN, TURN, 1, queue="rare"))
+        list(run_out(scheduler))
     for id_, (size, new) in enumerate(flood):
         scheduler.add(Sequence(id_, [id_] * size, size, new, queue="hot"))
     for _ in range(before):
@@ -255,7 +264,7 @@ def test_a_rare_requests_prompt_has_every_step_to_itself_under_a_flood(
             return  # it waits for the one that is never preempted
         one_step(scheduler)
         steps += 1
-        assert steps <= -(-length // prompt)
+        assert steps <= -(-length // prompt) + (-(-TURN // prompt) if alone else 0)
 
 
 @given(
