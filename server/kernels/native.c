@@ -539,12 +539,19 @@ int mg_gain(const void *x, int64_t features, const void *weight, float offset, f
     return failed;
 }
 
-/* What stands before attention: queries rotated where they are, keys rotated on their way to the cache, values copied. */
+/* An RMSNorm of each head, of the activations' type. weight: (dim); NULL: there is none. */
+typedef struct {
+    const void *weight;
+    float offset, eps;
+} head_norm_t;
+
+/* What stands before attention: queries rotated where they are, keys rotated on their way to the cache, values copied. Where
+   there are norms, queries and keys take them before, where they are. */
 typedef struct {
     const loops_t *fast;
     void *query; /* (tokens, heads, dim), rows of a token query_row apart; key and value alike, of kv_heads */
     int64_t query_row;
-    const void *key;
+    void *key;
     int64_t key_row;
     const void *value;
     int64_t value_row, heads, kv_heads, dim;
@@ -554,7 +561,12 @@ typedef struct {
     void *keys, *values;   /* (kv_heads, rows, dim) */
     int64_t rows;
     int type;
+    head_norm_t query_norm, key_norm;
 } storing_t;
+
+static void take_norm(const storing_t *job, const head_norm_t *norm, void *head) {
+    if (norm->weight) job->fast->norm[job->type](head, norm->weight, norm->offset, norm->eps, head, job->dim);
+}
 
 static void store_token(const storing_t *job, int64_t t) {
     const int type = job->type;
@@ -562,42 +574,45 @@ static void store_token(const storing_t *job, int64_t t) {
     const void *const c = moved(job->cos, t * job->rotated, type), *const s = moved(job->sin, t * job->rotated, type);
     for (int64_t h = 0; h < job->heads; h++) {
         void *const own = moved(job->query, t * job->query_row + h * dim, type);
+        take_norm(job, &job->query_norm, own);
         job->fast->rotate[type](own, c, s, own, half, dim);
     }
     for (int64_t h = 0; h < job->kv_heads; h++) {
         const int64_t to = (h * job->rows + job->places[t]) * dim;
-        job->fast->rotate[type](moved(job->key, t * job->key_row + h * dim, type), c, s, moved(job->keys, to, type), half,
-                                dim);
+        void *const own = moved(job->key, t * job->key_row + h * dim, type);
+        take_norm(job, &job->key_norm, own);
+        job->fast->rotate[type](own, c, s, moved(job->keys, to, type), half, dim);
         memcpy(moved(job->values, to, type), moved(job->value, t * job->value_row + h * dim, type), bytes(dim, type));
     }
 }
 
 /* See storing_t. */
-void mg_rotate_and_store(void *query, int64_t query_row, const void *key, int64_t key_row, const void *value,
+void mg_rotate_and_store(void *query, int64_t query_row, void *key, int64_t key_row, const void *value,
                          int64_t value_row, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
                          const void *cos, const void *sin, int64_t rotated, const int64_t *places, void *keys,
                          void *values, int64_t rows, int type, int threads) {
     const storing_t job = {loops(), query, query_row, key, key_row, value, value_row, heads, kv_heads, dim,
-                           cos, sin, rotated, places, keys, values, rows, type};
+                           cos, sin, rotated, places, keys, values, rows, type, {NULL}, {NULL}};
 #pragma omp parallel for num_threads(threads_for(tokens * heads * dim, threads)) schedule(static)
     for (int64_t t = 0; t < tokens; t++) store_token(&job, t);
 }
 
-/* An attention from its one product on: what mg_rotate_and_store does with the product and its bias, then what mg_attend
-   does for the first `sequences` tokens, each the newest of its sequence.
+/* An attention from its one product on: what mg_rotate_and_store does with the product, its bias and the norms behind it, then
+   what mg_attend does for the first `sequences` tokens, each the newest of its sequence.
 
    made: (tokens, (heads + 2 * kv_heads) * dim), queries, keys and values side by side, which becomes what is attended
-   with; bias: as long as a row, or NULL. out: (tokens, heads, dim), of which the first `sequences` are written.
-   Returns 0, or -1 when there is no memory. */
-int mg_begin_attention(void *made, const void *bias, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-                       const void *cos, const void *sin, int64_t rotated, const int64_t *places, void *keys, void *values,
-                       int64_t rows, int type, int64_t sequences, const int64_t *blocks, int64_t width,
-                       const int64_t *lengths, int64_t block_size, int64_t window, float scale, void *out, int threads) {
+   with; bias: as long as a row, or NULL; norms: of queries and of keys. out: (tokens, heads, dim), of which the first
+   `sequences` are written. Returns 0, or -1 when there is no memory. */
+int mg_begin_attention(void *made, const void *bias, const head_norm_t norms[2], int64_t tokens, int64_t heads,
+                       int64_t kv_heads, int64_t dim, const void *cos, const void *sin, int64_t rotated,
+                       const int64_t *places, void *keys, void *values, int64_t rows, int type, int64_t sequences,
+                       const int64_t *blocks, int64_t width, const int64_t *lengths, int64_t block_size, int64_t window,
+                       float scale, void *out, int threads) {
     const loops_t *const fast = loops();
     const int64_t row = (heads + 2 * kv_heads) * dim;
-    const void *const key = moved(made, heads * dim, type), *const value = moved(made, (heads + kv_heads) * dim, type);
+    void *const key = moved(made, heads * dim, type), *const value = moved(made, (heads + kv_heads) * dim, type);
     const storing_t storing = {fast, made, row, key, row, value, row, heads, kv_heads, dim, cos, sin, rotated, places, keys,
-                               values, rows, type};
+                               values, rows, type, norms[0], norms[1]};
     const attention_t attention = {fast, made, dim, row, out, keys, values, rows, sequences, heads, kv_heads, dim,
                                    type, blocks, lengths, width, block_size, window, scale, 0, NULL};
     int failed = 0;

@@ -11,6 +11,8 @@ import importlib.machinery
 import logging
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch  # before the library is loaded, which shares its OpenMP threads
 from torch import Tensor
 
@@ -24,6 +26,7 @@ LANES = 16
 TILE, DEEP = 16, 64  # rows of a matrix unit's tile, and bytes of each
 MEMBERS = 8  # Linears that read the same input, at most
 EXPONENTS = 16  # of a weight in codes
+HEAD_NORM = np.dtype([("weight", "u8"), ("offset", "f4"), ("eps", "f4")])  # as head_norm_t in native.c
 MOST_ODD = 1 / 64  # of a weight's numbers may have others: each takes eight bytes, and is put in its place one by one
 
 _INTEGER, _POINTER, _FLOAT, _TYPE = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float, ctypes.c_int
@@ -74,7 +77,8 @@ _SIGNATURES = {
         *(_FLOAT, _FLOAT, _POINTER, _TYPE),
     ),
     "mg_begin_attention": (
-        *(_POINTER, _POINTER, _INTEGER, _INTEGER, _INTEGER, _INTEGER),  # made, bias, tokens, heads, kv_heads, dim
+        *(_POINTER, _POINTER, _POINTER),  # made, bias, norms
+        *(_INTEGER, _INTEGER, _INTEGER, _INTEGER),  # tokens, heads, kv_heads, dim
         *(_POINTER, _POINTER, _INTEGER, _POINTER),  # cos, sin, rotated, places
         *(_POINTER, _POINTER, _INTEGER, _TYPE),  # keys, values, rows
         *(_INTEGER, _POINTER, _INTEGER, _POINTER, _INTEGER, _INTEGER),  # sequences, blocks, lengths, block size, window
@@ -365,14 +369,16 @@ def begin_attention(
     blocks_BN: Tensor | None,
     lengths_B: Tensor | None,
     *,
+    norms_2: npt.NDArray[np.void],
     block_size: int,
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """Bias, `rotate_and_store` and, for the first B tokens, `attend`, from one product on: (T, H * D).
+    """Bias, norms, `rotate_and_store` and, for the first B tokens, `attend`, from one product on: (T, H * D).
 
-    `made_TO` has queries, keys and values side by side, O = (H + 2 K) D, and becomes what is attended with. Of what is
-    returned the first B rows are written. None decodes where `blocks_BN` is None. Raises: MemoryError.
+    `made_TO` has queries, keys and values side by side, O = (H + 2 K) D, and becomes what is attended with. `norms_2`
+    are HEAD_NORM, of each head of the queries and of the keys. Of what is returned the first B rows are written. None
+    decodes where `blocks_BN` is None. Raises: MemoryError.
     """
     assert LIBRARY is not None and made_TO.is_contiguous() and keys_KLD.is_contiguous() and values_KLD.is_contiguous()
     assert cos_TR.is_contiguous() and sin_TR.is_contiguous()
@@ -383,6 +389,7 @@ def begin_attention(
     failed = LIBRARY.mg_begin_attention(
         made_TO.data_ptr(),
         None if bias_O is None else bias_O.data_ptr(),
+        norms_2.ctypes.data,
         tokens,
         heads,
         kv_heads,

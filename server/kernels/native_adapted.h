@@ -239,6 +239,7 @@ typedef struct {
     weight_t qkv, o, gate_up, down;
     const void *before, *behind; /* weights of its norms */
     const void *bias;            /* of qkv, or NULL */
+    head_norm_t head_norms[2];   /* of queries and of keys */
     void *keys, *values;
     int64_t window; /* 0 for none */
     int64_t before_number, behind_number;
@@ -296,8 +297,8 @@ int mg_decode(const decode_t *step, const layer_t *layers, int64_t count, void *
         failed |= add_gains(own, E, layer->before_number, stream, layer->before, layer->before_offset, layer->before_eps, x,
                             type, threads);
         failed |= multiply_with_adapters(own, x, &qkv, &layer->qkv, step->least, made, changed, spare, threads);
-        failed |= mg_begin_attention(made, layer->bias, T, step->heads, step->kv_heads, step->dim, step->cos, step->sin,
-                                     step->rotated, step->places, layer->keys, layer->values, step->rows, type, T,
+        failed |= mg_begin_attention(made, layer->bias, layer->head_norms, T, step->heads, step->kv_heads, step->dim, step->cos,
+                                     step->sin, step->rotated, step->places, layer->keys, layer->values, step->rows, type, T,
                                      step->blocks, step->width, step->lengths, step->block_size, layer->window, step->scale,
                                      seen, threads);
         if (n == count - 1 && step->wanted) {

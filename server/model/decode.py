@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,7 +33,9 @@ PRODUCTS = ("qkv", "o", "gate_up", "down")
 LAYER = np.dtype(
     [
         *((name, WEIGHT) for name in PRODUCTS),
-        *((name, "u8") for name in ("before", "behind", "bias", "keys", "values")),
+        *((name, "u8") for name in ("before", "behind", "bias")),
+        ("head_norms", native.HEAD_NORM, 2),
+        *((name, "u8") for name in ("keys", "values")),
         *((name, "i8") for name in ("window", "before_number", "behind_number")),
         *((name, "f4") for name in ("before_eps", "behind_eps", "before_offset", "behind_offset")),
     ]
@@ -55,6 +58,14 @@ MOST_SEEN = 1 << 15  # positions that all tokens of a step's prompts see
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Of each head of the queries, and of the keys: as HEAD_NORM, and the names of those that there are."""
+
+    table_2: npt.NDArray[np.void]
+    names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """A layer of a decoder. `number`: its layer of the KV cache."""
 
@@ -64,6 +75,7 @@ class Parts:
     o: Joint
     gate_up: Joint
     down: Joint
+    head_norms: HeadNorms
     number: int
     window: int | None
     dim: int
@@ -88,6 +100,7 @@ class Decode:
                 row[name], row[f"{name}_number"] = norm.fast.weight_F.data_ptr(), norm.number
                 row[f"{name}_eps"], row[f"{name}_offset"] = norm.fast.eps, norm.fast.offset
             row["bias"] = 0 if layer.qkv.bias is None else layer.qkv.bias.data_ptr()
+            row["head_norms"] = layer.head_norms.table_2
             row["window"] = layer.window or 0
         self._step = np.zeros(1, STEP)
         self._features = first.o.members[0].end
@@ -96,6 +109,7 @@ class Decode:
         self._cache: KvCache | None = None
         self._names = {member.name for layer in layers for joint in _joints(layer) for member in joint.members}
         self._names |= {norm.name for layer in layers for norm in (layer.before, layer.behind)}
+        self._names |= {name for layer in layers for name in layer.head_norms.names}
 
     def serves(self, plan: AttentionPlan) -> bool:
         """Whether the step's prompts see little, and the native functions know what its adapters do in the layers."""

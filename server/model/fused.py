@@ -20,8 +20,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from server.kernels import native
 from server.model.attention import AttentionPlan, in_place, read_cache, read_spans
-from server.model.decode import Decode, Parts, fits
+from server.model.decode import Decode, HeadNorms, Parts, fits
 from server.model.grafted import GraftedLinear, GraftedNorm, Joint
+from server.model.norms import head_norms
 from server.primitives.site import Active
 
 MODELS = "transformers.models."
@@ -142,6 +143,8 @@ class _Attention:
         self.window = window
         self._stock = module.forward
         self._norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
+        self.head_norms = _head_norms(self._norms)  # None where queries or keys have a norm that is not native
+        self._active: Active = module.q_proj.active
         self._read = _Together(module.q_proj, module.k_proj, module.v_proj)
         self._write = _Together(module.o_proj)
 
@@ -164,9 +167,9 @@ class _Attention:
 
     @property
     def joints(self) -> tuple[Joint, Joint] | None:
-        """What it reads by and what it writes by; None where queries and keys have norms of their own."""
+        """What it reads by and what it writes by."""
         read, write = self._read.joint, self._write.joint
-        return None if read is None or write is None or self._norms[0] is not None else (read, write)
+        return None if read is None or write is None else (read, write)
 
     def serves(self, plan: object, x: Tensor) -> TypeGuard[AttentionPlan]:
         return isinstance(plan, AttentionPlan) and in_place(x, plan.cache, self.module.head_dim)
@@ -176,10 +179,12 @@ class _Attention:
 
     def read(self, x_TE: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan) -> Tensor:
         """What every token sees (T, H * D)."""
-        made_TO = None if self._norms[0] is not None else self._read.side_by_side(x_TE)
-        if made_TO is None:
-            return self._attend_in_steps(x_TE, position_embeddings, plan)
-        return self._attend_at_once(made_TO, position_embeddings, plan)
+        norms = self.head_norms
+        if norms is not None and norms.names.isdisjoint(self._active.operands):
+            made_TO = self._read.side_by_side(x_TE)
+            if made_TO is not None:
+                return self._attend_at_once(made_TO, norms, position_embeddings, plan)
+        return self._attend_in_steps(x_TE, position_embeddings, plan)
 
     def write(self, seen_TQ: Tensor) -> Tensor:
         (made_TE,) = self._write(seen_TQ)
@@ -198,9 +203,9 @@ class _Attention:
         return out.view(x_TE.shape[0], -1)
 
     def _attend_at_once(
-        self, made_TO: Tensor, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan
+        self, made_TO: Tensor, norms: HeadNorms, position_embeddings: tuple[Tensor, Tensor], plan: AttentionPlan
     ) -> Tensor:
-        """The same from queries, keys and values side by side, which have no norms of their own."""
+        """The same from queries, keys and values side by side."""
         assert self._read.joint is not None
         module, cache = self.module, plan.cache
         layer, (cos, sin) = int(module.layer_idx), position_embeddings
@@ -214,6 +219,7 @@ class _Attention:
             cache.values[layer],
             plan.decode_blocks_BN,
             plan.decode_lengths_B,
+            norms_2=norms.table_2,
             block_size=cache.block_size,
             window=self.window,
             scale=module.scaling,
@@ -283,11 +289,12 @@ class _Layer:
         """None where its attention or its MLP has more to it."""
         attention, mlp = self._attention, self._mlp
         joints = attention.joints, mlp.joints
-        if joints[0] is None or joints[1] is None:
+        if joints[0] is None or joints[1] is None or attention.head_norms is None:
             return None
         module = attention.module
         return Parts(
             *(self._before, self._behind, *joints[0], *joints[1]),
+            head_norms=attention.head_norms,
             number=int(module.layer_idx),
             window=attention.window,
             dim=module.head_dim,
@@ -393,6 +400,15 @@ def _norm_of_sum(norm: GraftedNorm, pending_TE: Tensor | None, stream_TE: Tensor
     if pending_TE is None:
         return norm.forward(stream_TE[None])[0]
     return norm.of_sum(pending_TE[None], stream_TE[None])[0]
+
+
+def _head_norms(norms: tuple[object, object]) -> HeadNorms | None:
+    """Of queries and keys, each None where there is none."""
+    known = [norm for norm in norms if isinstance(norm, GraftedNorm) and norm.fast is not None]
+    if len(known) != sum(norm is not None for norm in norms):
+        return None
+    table_2 = head_norms(*(norm.fast if isinstance(norm, GraftedNorm) else None for norm in norms))
+    return HeadNorms(table_2, frozenset(norm.name for norm in known))
 
 
 def _kind(module: nn.Module) -> str:

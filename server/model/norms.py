@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -102,6 +104,15 @@ def fast_norm(norm: nn.Module, seen: Sequence[Tensor]) -> NativeNorm | None:
         if all(_close(norm(x), made(x)) for whole in seen for x in (whole, whole * TINY)):
             return made
     return None
+
+
+def head_norms(*norms: NativeNorm | None) -> npt.NDArray[np.void]:
+    """As HEAD_NORM. Whoever holds it holds the norms, too."""
+    table = np.zeros(len(norms), native.HEAD_NORM)
+    for row, norm in zip(table, norms, strict=True):
+        if norm is not None:
+            row["weight"], row["offset"], row["eps"] = norm.weight_F.data_ptr(), norm.offset, norm.eps
+    return table
 
 
 def norm_shape(norm: nn.Module) -> NormShape:

@@ -176,7 +176,8 @@ def mixed(network: Network, seed: int) -> Graft:
     def turn(features: int) -> Rotate:
         return Rotate(small(features // 16, 16, 16))
 
-    sites = {name: SiteValue(gain=Gain(small(len(norm.weight_F)))) for name, norm in [*network.facts.norms.items()][1:]}
+    norms = [name for name in network.facts.norms if name in network.facts.numbers]  # but for those of heads
+    sites = {name: SiteValue(gain=Gain(small(len(network.facts.norms[name].weight_F)))) for name in norms[1:]}
     for number, (name, shape) in enumerate(network.facts.sites.items()):
         inputs, outputs = shape.in_features, shape.out_features
         value = (
@@ -207,7 +208,7 @@ FORMS = {"tiles": ("bfloat16", pretend_tiles), "panels": ("float32", pretend_no_
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 @pytest.mark.parametrize("form", FORMS if native.has_panels() else ["tiles"])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("architecture", KNOWN)
 def test_a_step_of_decodes_is_one_call_that_gives_what_its_layers_give(
     architecture: str, form: str, quantize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +284,28 @@ def test_adapters_that_the_one_call_does_not_know_go_through_the_layers(
     for grafts in ([known], [known, unknown], [unknown], [known]):
         decoding(network, [9], [(1, [(0, 1.0)])], grafts)
     assert served == [True, False, False, True]
+
+
+def test_an_adapter_of_the_norm_of_heads_goes_through_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And changes the answer as the same norm does in the base itself."""
+    stock: Any = saved("qwen3", tmp_path / "base", torch.bfloat16, **{**KNOWN["qwen3"], **TILED})
+    gain_F = torch.randn(16, generator=torch.Generator().manual_seed(4)).bfloat16()
+    stock.model.layers[1].self_attn.k_norm.weight.data += gain_F
+    stock.save_pretrained(tmp_path / "changed")
+    pretend_tiles(monkeypatch)
+    base, changed = (
+        load_network(ModelConfig("tiny", dtype="bfloat16"), tmp_path / name, name="tiny")
+        for name in ("base", "changed")
+    )
+    graft = Graft("gain", "gain@1", {"model.layers.1.self_attn.k_norm": SiteValue(gain=Gain(gain_F))})
+    carried: list[Run] = [(1, [(0, 1.0)]), (1, [])]
+    made = decoding(base, [9, 1], carried, [graft]), decoding(changed, [9, 1]), decoding(base, [9, 1])
+    logits, of_changed, of_base = (one[: 2 * 64].view(2, 64) for one in made)
+    room = BF16_CLOSE * of_base.abs().max()
+    assert (logits[0] - of_changed[0]).abs().max() < room < (of_base[0] - of_changed[0]).abs().max()
+    assert (logits[1] - of_base[1]).abs().max() < room
 
 
 def test_prompts_that_see_little_are_in_that_call_and_those_that_see_much_are_not(
