@@ -32,11 +32,12 @@ def _peers(report: Mapping[str, Any], title: str, file: str, docs: Path) -> None
     labels = list(dict.fromkeys(label for mine in report["rounds"].values() for label in mine))
     width = 0.8 / max(1, len(report["rounds"]))
     for place, (engine, mine) in enumerate(report["rounds"].items()):
-        rounds = [[one["tokens_per_s"] for one in mine.get(label, [])] or [0.0] for label in labels]
+        had = [number for number, label in enumerate(labels) if mine.get(label)]
+        rounds = [[one["tokens_per_s"] for one in mine[labels[number]]] for number in had]
         middles = [statistics.median(one) for one in rounds]
         below = [middle - min(one) for middle, one in zip(middles, rounds, strict=True)]
         above = [max(one) - middle for middle, one in zip(middles, rounds, strict=True)]
-        at = [number + place * width for number in range(len(labels))]
+        at = [number + place * width for number in had]
         axes.bar(at, middles, width, yerr=[below, above], label=engine, capsize=2)
     axes.set_xticks([number + 0.4 - width / 2 for number in range(len(labels))], labels)
     _save(figure, axes, docs / file)
@@ -67,6 +68,6 @@ def _axes(title: str) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, axes: Any, file: Path) -> None:
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(file, dpi=DOTS_PER_INCH, metadata={"Software": None})
