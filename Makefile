@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
+SCENARIOS ?= all
 
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -28,7 +29,7 @@ bench: $(STAMP)  ## ours alone: throughput with adapters and without, one stream
 bench-peers: $(STAMP)  ## every scenario beside vLLM, llama.cpp, PEFT and OpenVINO, which it installs under .bench (hours)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@$(BIN)/python -m benchmarks.install
-	@$(BIN)/python -m benchmarks.serving all $(BENCH)
+	@$(BIN)/python -m benchmarks.serving $(SCENARIOS) $(BENCH)
 	@$(BIN)/python -m benchmarks.page
 
 gpu: $(STAMP)  ## all that only a GPU can show: proofs, then figures (under ten minutes)

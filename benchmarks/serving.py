@@ -1,21 +1,24 @@
 """The server measured: beside the peers, against its own bare base, and against what the machine could do at best.
 
-    python -m benchmarks.serving [SCENARIO ...] [--base half] [--only ours] [--rounds 5] [--short]
+    python -m benchmarks.serving [SCENARIO ...] [--base half] [--only ours] [--rounds 5] [--minutes 30] [--short]
 
 Without a scenario: w1. `all` is every one; --only takes engines (ours, ours-int8, vllm, llama, peft, openvino, ...), by
-default all. Results are benchmarks/results/BASE/SCENARIO.json; `python -m benchmarks.page` writes them into
-docs/performance.md. Absolute figures belong to the machine; ratios are made round by round within one run. Client and
-servers share the cores.
+default all. After --minutes no scenario begins another round, and what it has stands. Results are
+benchmarks/results/BASE/SCENARIO.json; `python -m benchmarks.page` writes them into docs/performance.md. Figures belong
+to the machine; ratios are made round by round within one run. Client and servers share the cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
 import tempfile
+import time
+from contextlib import closing
 from pathlib import Path
 
 from benchmarks.bases import BASES, make_base
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--base", choices=BASES, default="half")
     parser.add_argument("--only", default="", help="engines, with commas")
     parser.add_argument("--rounds", type=int, help="5, or 2 of short loads")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of each scenario; a round begun is ended")
     parser.add_argument("--short", action="store_true", help="small counts and loads, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
@@ -59,9 +63,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="multigraft-bench-") as room:
             floors = measure_floors(os.cpu_count() or 1)
             bench = Bench(base, engines, rounds, Path(room), asked.short)
-            for report in SCENARIOS[name].run(bench):
-                whole = {**head, "short": asked.short, "floors": floors, **report}
-                (out / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+            begun = time.monotonic()
+            with closing(SCENARIOS[name].run(bench)) as reports:
+                for report in reports:
+                    whole = {**head, "short": asked.short, "floors": floors, **report}
+                    (out / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+                    if time.monotonic() - begun > asked.minutes * 60:
+                        break
 
 
 if __name__ == "__main__":

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from benchmarks.adapters import loras
 from benchmarks.engines.over_http import Server
 from benchmarks.load import Answer, Client, Prompt, percentile, prompts
 from benchmarks.load import Load as Shape
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Report, Reports, Scenario
 
 STREAMS, PROBES = 8, 50
 PROBE = Shape(requests=1, prompt=128, new=2, at_once=1)
 STREAM = Shape(requests=1, prompt=16, new=256, at_once=1)
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     streams, probes = bench.few(STREAMS), bench.few(PROBES)
     report = {}
     for engine in bench.ours:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 
@@ -18,7 +17,7 @@ from benchmarks.adapters import loras
 from benchmarks.engines.over_http import Server
 from benchmarks.load import Answer, Client, Load, prompts
 from benchmarks.registry import fill
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Report, Reports, Scenario
 
 STREAMS, QUEUED, NAMES = 16, 1000, 10_000
 RUNNING = Load(requests=STREAMS, prompt=16, new=384, at_once=STREAMS)
@@ -27,7 +26,7 @@ WAITING = Load(requests=QUEUED, prompt=16, new=4, at_once=QUEUED)
 QUEUE_TIMEOUT_S = 120
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     streams, queued, names = bench.few(STREAMS), bench.few(QUEUED), bench.few(NAMES)
     adapters = loras(bench.base, streams)
     running = replace(RUNNING, requests=streams, new=SHORT_NEW if bench.short else RUNNING.new, at_once=streams)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from benchmarks.adapters import KINDS, other_kind
 from benchmarks.contest import Contest, Turn
 from benchmarks.scenarios.overhead import BUDGET_BYTES, phases
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Reports, Scenario
 
 COUNT = 16
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     count = bench.few(COUNT)
     adapters = [other_kind(bench.base, kind, number) for kind in KINDS for number in range(count)]
     turns = {}

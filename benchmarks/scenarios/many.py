@@ -5,19 +5,17 @@ The adapters' files are in the page cache, so a cold one costs what fetching, ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from benchmarks.adapters import WEIGHTS, loras
 from benchmarks.contest import Contest, Turn
 from benchmarks.load import Load
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Reports, Scenario
 
 ADAPTERS, RESIDENT = 1000, 64
 ROOM = 1.1  # an adapter takes at most so much more than its file
 LOAD = Load(requests=128, prompt=128, new=64, at_once=16)
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     load, folders = bench.cut(LOAD), loras(bench.base, bench.few(ADAPTERS))
     budget = int(min(RESIDENT, len(folders) // 2) * ROOM * (folders[0] / WEIGHTS).stat().st_size)
     engines = [one.with_options({"adapter-bytes": budget}) for one in bench.ours]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -10,13 +9,13 @@ import httpx
 from benchmarks.adapters import KINDS, WEIGHTS, loras, other_kind
 from benchmarks.engines.ours import ADMIN_KEY
 from benchmarks.engines.over_http import Server
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Report, Reports, Scenario
 
 ADAPTERS = 16
 KV_BYTES = 1 << 28
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     kinds = [other_kind(bench.base, kind, number) for number, kind in enumerate(KINDS)]
     labels = [*(f"lora r=8, {number}" for number in range(bench.few(ADAPTERS))), *KINDS]
     folders = [*loras(bench.base, bench.few(ADAPTERS)), *kinds]

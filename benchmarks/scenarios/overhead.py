@@ -5,14 +5,14 @@ So many distinct adapters stand in one batch of 16 requests, or of 64 where ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.adapters import MIXED_RANKS, loras, mixed_kinds, mixed_ranks
 from benchmarks.bases import Base
 from benchmarks.contest import Contest, Turn
 from benchmarks.load import Load
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Report, Reports, Scenario
 
 COUNTS = (1, 4, 16, 64)
 KINDS_COUNT = 16
@@ -22,15 +22,15 @@ BUDGET_BYTES = 8 << 30  # 64 adapters of rank 64 take 4.5 GB
 
 RANKS = {"rank 8": (8,), "rank 16": (16,), "rank 64": (64,), "ranks 8 to 64": MIXED_RANKS}  # in turn
 GROUPS: dict[str, tuple[int, Callable[[Base, int], list[Path]]]] = {  # the largest count, and how they are made
-    "rank 8": (64, lambda base, count: loras(base, count, 8)),
+    "rank 8": (64, lambda base, count: loras(base, count, 8)),  # what has a target comes first
+    "mixed kinds": (KINDS_COUNT, mixed_kinds),
     "rank 16": (64, lambda base, count: loras(base, count, 16)),
     "rank 64": (64, lambda base, count: loras(base, count, 64)),
     "ranks 8 to 64": (64, mixed_ranks),
-    "mixed kinds": (KINDS_COUNT, mixed_kinds),
 }
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     reports: Report = {}
     for group, (largest, make) in GROUPS.items():
         room = bench.room / group.replace(" ", "-")

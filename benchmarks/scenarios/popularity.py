@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from benchmarks.adapters import loras
 from benchmarks.contest import Contest, Turn
 from benchmarks.load import POPULARITY, Load
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Reports, Scenario
 
 ADAPTERS = 64
 LOAD = Load(requests=64, prompt=128, new=64, at_once=16)
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     load, count = bench.cut(LOAD), bench.few(ADAPTERS)
     turns = {"base": Turn(load), **{how: Turn(load, count, how) for how in POPULARITY}}
     contest = Contest(bench.base, loras(bench.base, count), bench.room, bench.rounds)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 
 from benchmarks.adapters import loras
 from benchmarks.engines.over_http import Server
 from benchmarks.load import Client, Load, percentile, prompts
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Report, Reports, Scenario
 
 HOT, RARE = 0, 1
 FLOOD, PROBES = 128, 30  # requests of the hot adapter outstanding at any time; probes of the rare one
@@ -18,7 +17,7 @@ SHAPE = Load(requests=1, prompt=128, new=64, at_once=1)
 PROBE_NEW = 4
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     flood, probes = bench.few(FLOOD), bench.few(PROBES)
     report = {}
     for engine in bench.ours:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from benchmarks.engines.ours import Ours
 from benchmarks.load import Load
 
 Report = dict[str, Any]
+Reports = Generator[Report, None, None]
 SHORT = Load(requests=8, prompt=16, new=4, at_once=8)
 
 
@@ -53,4 +54,4 @@ class Scenario:
 
     name: str
     measures: str
-    run: Callable[[Bench], Iterator[Report]]
+    run: Callable[[Bench], Reports]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 
 from benchmarks.adapters import loras
 from benchmarks.contest import HEAT, Contest, Turn
 from benchmarks.load import W1
-from benchmarks.scenarios.scenario import Bench, Report, Scenario
+from benchmarks.scenarios.scenario import Bench, Reports, Scenario
 
 DISTINCT = (16, 32)
 
 
-def run(bench: Bench) -> Iterator[Report]:
+def run(bench: Bench) -> Reports:
     load = bench.cut(W1)
     turns = {"base": Turn(load), "1 adapter": Turn(load, 1)}
     turns |= {f"{count} distinct": Turn(load, count) for count in map(bench.few, DISTINCT)}
