@@ -41,7 +41,7 @@ def serve(
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Of these for prompts while others generate, or two for each (default: 128 on a CPU, else all).",
+            help="Of these for prompts if several requests are open, or 2 a decode (default: 128 on CPUs, else all).",
             min=1,
         ),
     ] = _ENGINE.prompt_tokens,

@@ -19,7 +19,7 @@ class EngineConfig:
 
     max_model_len: int | None = None  # default: the base's own context
     max_batch_tokens: int = 512
-    prompt_tokens: int | None = None  # of prompts in a step in which others decode; default: 128 on a CPU, else all
+    prompt_tokens: int | None = None  # of prompts in a step, beside other requests; default: 128 on a CPU, else all
     shares: tuple[tuple[str, float], ...] = ()  # (pattern of names, weight): of the service, where adapters compete
     max_running: int = 64
     max_waiting: int = 1024

@@ -1,6 +1,7 @@
 """The step of 16 running streams with 1,000 requests queued behind them and 10,000 adapters in the hub, beside without.
 
-The step is the median gap between tokens, of the same places of the answers in both.
+The step is the median gap between tokens, of the same places of the answers in both. Two servers take turns, round by
+round, the other one stopped meanwhile.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 
 import httpx
 
 from benchmarks.adapters import loras
+from benchmarks.engines.ours import fill_hub
 from benchmarks.engines.over_http import Server
 from benchmarks.load import Answer, Client, Load, prompts
 from benchmarks.registry import fill
@@ -32,21 +34,27 @@ def run(bench: Bench) -> Reports:
     running = replace(RUNNING, requests=streams, new=SHORT_NEW if bench.short else RUNNING.new, at_once=streams)
     report: Report = {"queued": queued, "names": names, "engines": {}}
     for engine in bench.ours:
-        room = bench.room / engine.name
-        room.mkdir()
+        rooms = {waiting: bench.room / engine.name / waiting for waiting in ("without", "with")}
         placed = engine.with_options({"max-running": streams, "max-waiting": queued + streams})
-        steps: dict[str, list[float]] = {"without": [], "with": []}
-        with placed.start(bench.base, adapters, room) as up:
+        steps: dict[str, list[float]] = {waiting: [] for waiting in rooms}
+        for room in rooms.values():
+            room.mkdir(parents=True)
+            served = fill_hub(room / "home", bench.base, adapters)
+        fill(rooms["with"] / "home", names, adapters[0], bench.base.folder)
+        with ExitStack() as stack:
+            up: dict[str, Server] = {}
+            for waiting, room in rooms.items():
+                up[waiting] = stack.enter_context(placed.serve(bench.base, served, room))
+                up[waiting].stop()
             for number in range(bench.rounds):
-                answers, place = asyncio.run(stream(up, running, 0, number))
-                steps["without"].append(step_s(answers, place))
-        fill(room / "home", names, adapters[0], bench.base.folder)
-        with placed.serve(bench.base, [f"bench/a{number}" for number in range(streams)], room) as up:
-            for number in range(bench.rounds):
-                answers, place = asyncio.run(stream(up, running, queued, number))
-                steps["with"].append(step_s(answers, place))
-        report["engines"][engine.name] = steps
-    yield report
+                for waiting, server in up.items():
+                    server.go()
+                    behind = queued if waiting == "with" else 0
+                    answers, place = asyncio.run(stream(server, running, behind, number))
+                    steps[waiting].append(step_s(answers, place))
+                    server.stop()
+                report["engines"][engine.name] = steps
+                yield report
 
 
 def step_s(answers: list[Answer], place: int) -> float:

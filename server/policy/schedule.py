@@ -158,7 +158,10 @@ class Need:
 
 
 class Scheduler:
-    """`prompt_tokens` is what prompts may have of a step in which others decode, at least; none: all of it."""
+    """`prompt_tokens` is what prompts may have of a step while several requests are open, at least; none: all of it.
+
+    So whoever comes next waits for no longer step, also when nobody decodes yet; a request alone has all of it.
+    """
 
     def __init__(
         self,
@@ -199,7 +202,7 @@ class Scheduler:
         """The chunks of the next step; none when nothing can run."""
         draft = Draft(self.max_batch_tokens)
         self._plan_decodes(draft)
-        if draft.counts:
+        if len(self.running) + self.waiting > 1:
             draft.left = min(draft.left, max(self.prompt_tokens, PROMPT_PER_DECODE * len(draft.counts)))
         self._plan_prompts(draft)
         return draft.step()

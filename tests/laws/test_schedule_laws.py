@@ -87,8 +87,8 @@ class SchedulerLaws(RuleBasedStateMachine):
         assert step.tokens <= self.budget
         assert eldest is None or eldest.computed == computed, "what has run longest was preempted"
         decodes = sum(chunk.sequence.id in decoding for chunk in step.chunks)
-        if decodes:
-            assert step.tokens - decodes <= max(self.prompt, 2 * len(decoding)), "prompts hold up those that decode"
+        if len(self.open) > 1:
+            assert step.tokens - decodes <= max(self.prompt, 2 * len(decoding)), "prompts hold up who decodes, or comes"
         assert all(chunk.count > 0 for chunk in step.chunks), "a chunk without a token has no logits to draw from"
         assert len(self.scheduler.running) <= self.scheduler.max_running
         assert bool(step.chunks) == bool(self.open), "open requests and nothing planned, or the other way round"
@@ -240,7 +240,8 @@ def test_a_rare_requests_prompt_has_every_step_to_itself_under_a_flood(
 ) -> None:
     """Also when the flood holds every place in the batch and, but for a few blocks, the whole KV cache.
 
-    If its adapter was served while nobody else asked for anything, the flood may have one turn before.
+    The flood may have one turn before, where the rare adapter was served while nobody else asked for anything, and as
+    much besides as the rare one asks for, where it has just begun.
     """
     scheduler = Scheduler(
         BlockPool(blocks), block_size=BLOCK_SIZE, max_batch_tokens=256, max_running=running, prompt_tokens=prompt
@@ -252,8 +253,8 @@ def test_a_rare_requests_prompt_has_every_step_to_itself_under_a_flood(
         list(run_out(scheduler))
     for id_, (size, new) in enumerate(flood):
         scheduler.add(Sequence(id_, [id_] * size, size, new, queue="hot"))
-    for _ in range(before):
-        one_step(scheduler)
+    had = sum(one_step(scheduler).tokens for _ in range(before))
+    others = length + TURN if had < CREDIT else TURN if alone else 0
     rare = Sequence(len(flood), [1] * length, length, 1, queue="rare")
     scheduler.add(rare)
     steps = 0
@@ -264,7 +265,21 @@ def test_a_rare_requests_prompt_has_every_step_to_itself_under_a_flood(
             return  # it waits for the one that is never preempted
         one_step(scheduler)
         steps += 1
-        assert steps <= -(-length // prompt) + (-(-TURN // prompt) if alone else 0)
+        assert steps <= -(-length // prompt) + -(-others // prompt)
+
+
+@given(length=st.integers(1, 700), prompt=st.integers(8, 200), others=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_step_has_all_it_may_of_a_prompt_alone_and_is_short_from_the_first_of_a_flood_on(
+    length: int, prompt: int, *, others: bool
+) -> None:
+    """Who comes while it is computed waits for it."""
+    scheduler = Scheduler(
+        BlockPool(800), block_size=BLOCK_SIZE, max_batch_tokens=256, max_running=8, prompt_tokens=prompt
+    )
+    for id_ in range(20 if others else 1):
+        scheduler.add(Sequence(id_, [id_] * length, length, 1))
+    assert one_step(scheduler).tokens == (min(8 * length, prompt) if others else min(length, 256))
 
 
 @given(
