@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -234,14 +234,15 @@ def test_one_queue_alone_is_served_first_come_first_served(
     blocks=st.integers(330, 2000),
     alone=st.integers(0, 8),
 )
+@example(flood=[(128, 16)] * 30, length=128, running=8, prompt=128, before=1, blocks=2000, alone=4)
 @settings(max_examples=80, deadline=None)
 def test_a_rare_requests_prompt_has_every_step_to_itself_under_a_flood(
     flood: list[tuple[int, int]], length: int, running: int, prompt: int, before: int, blocks: int, alone: int
 ) -> None:
     """Also when the flood holds every place in the batch and, but for a few blocks, the whole KV cache.
 
-    The flood may have one turn before, where the rare adapter was served while nobody else asked for anything, and as
-    much besides as the rare one asks for, where it has just begun.
+    The flood may have one turn before, where the rare adapter was served while nobody else asked for anything, and one
+    for each of the rare one's, where it has just begun.
     """
     scheduler = Scheduler(
         BlockPool(blocks), block_size=BLOCK_SIZE, max_batch_tokens=256, max_running=running, prompt_tokens=prompt
@@ -249,12 +250,12 @@ def test_a_rare_requests_prompt_has_every_step_to_itself_under_a_flood(
     scheduler.add(Sequence(-1, [0], 1, 1, queue="hot"))
     list(run_out(scheduler))
     for id_ in range(alone):
-        scheduler.add(Sequence(1000 + id_, [0] * TURN, TURN, 1, queue="rare"))
+        scheduler.add(Sequence(1000 + id_, [1000 + id_] * TURN, TURN, 1, queue="rare"))
         list(run_out(scheduler))
     for id_, (size, new) in enumerate(flood):
         scheduler.add(Sequence(id_, [id_] * size, size, new, queue="hot"))
     had = sum(one_step(scheduler).tokens for _ in range(before))
-    others = length + TURN if had < CREDIT else TURN if alone else 0
+    others = TURN * -(-length // TURN) if had < CREDIT else TURN if alone else 0
     rare = Sequence(len(flood), [1] * length, length, 1, queue="rare")
     scheduler.add(rare)
     steps = 0
